@@ -52,9 +52,9 @@ def flags():
         parser.add_argument(name, default=default, help=text, **{**kind, **options})
 
     data = [f"nano={HERE / 'nano/data/clean/train'}", f"photos={HERE / 'nano/data/wild/train'}"]
-    add("--data", data, "sets to train on, NAME=PATH: hypersim, vkitti, nano (with depth), photos (real, Sec. 4.1)", nargs="+", metavar="NAME=PATH")
-    add("--list", [], "list files in Marigold's form that select and order frames", nargs="+", metavar="NAME=FILE")
-    add("--val", None, "held-out sets with depth; default: the last frames of the first synthetic set", nargs="+", metavar="NAME=PATH")
+    add("--data", data, "sets to train on, NAME=PATH: hypersim, vkitti, nano (with depth), photos (real, Sec. 4.1)", nargs="+", action="extend", metavar="NAME=PATH")
+    add("--list", [], "list files in Marigold's form that select and order frames", nargs="+", action="extend", metavar="NAME=FILE")
+    add("--val", None, "held-out sets with depth; default: the last frames of the first synthetic set", nargs="+", action="extend", metavar="NAME=PATH")
     add("--base", str(HERE / "nano/weights/generator"), "generator to start from, folder or hub id (Sec. 3.1)", metavar="DIR|HUB_ID")
     add("--teacher", str(HERE / "nano/weights/teacher"), "source of pseudo-labels, folder or hub id (Sec. 3.3)", metavar="DIR|HUB_ID")
     add("--vae", None, "another autoencoder of the same latent space", metavar="DIR|HUB_ID")

@@ -30,6 +30,8 @@ from losses import add_noise, gradient_matching, mae, velocity  # noqa: E402
 from model import SD_SCHEDULE, FiffDepth, Teacher  # noqa: E402
 
 STAGES = ("vae", "generator", "teacher")
+# What suits so small a generator; train.py reads it beside the weights, flags of its own win.
+RECIPE = {"steps": 2400, "batch": 32, "micro": 16, "lr": 6e-4, "no_flip": True, "cache": "runs/cache", "save_every": 150, "val_every": 300}
 
 
 # ---------------------------------------------------------------- data in memory, one loop for all stages
@@ -205,6 +207,7 @@ def train_generator(a):
 
     minutes = fit("generator", model.unet, loss_of, a.generator_batch, a.generator_steps, a.generator_lr, a.work)
     model.save_pretrained(a.out / "generator", torch.float16)
+    (a.out / "generator/recipe.json").write_text(json.dumps(RECIPE, indent=1) + "\n")
     log = [json.loads(line)["v"] for line in (a.work / "generator.jsonl").read_text().splitlines()]
     card(a, "generator", minutes, a.generator_steps, model.unet, {"v_loss": round(float(np.mean(log[-5:])), 4)})
     samples(a, model)
@@ -323,7 +326,7 @@ def main(argv=None):
     add("--out", type=Path, default=here / "weights", help="finished weights")
     add("--work", type=Path, default=here.parent / "runs/pretrain", help="states to resume from, and logs")
     add("--assets", type=Path, default=here.parent / "assets", help="where the generator's samples are drawn")
-    for stage, steps, batch, lr, frames in (("vae", 2600, 32, 1e-3, 8000), ("generator", 3000, 32, 1e-3, 8000), ("teacher", 3000, 64, 1e-3, 8000)):
+    for stage, steps, batch, lr, frames in (("vae", 2600, 32, 1e-3, 8000), ("generator", 2200, 32, 1e-3, 8000), ("teacher", 2600, 64, 1e-3, 8000)):
         add(f"--{stage}_steps", type=int, default=steps, help="optimiser steps")
         add(f"--{stage}_batch", type=int, default=batch, help="pictures a step")
         add(f"--{stage}_lr", type=float, default=lr, help="peak learning rate")

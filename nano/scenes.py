@@ -490,7 +490,8 @@ def shade(scene, rays, depth, which, sun, pixel, style):
     """Linear rgb [3, H, W]: skins, one light with shadows, ambient light that weakens towards corners."""
     rgb = np.zeros(rays.shape, np.float32)
     up = np.clip(rays[1] * 2 + 0.1, 0, 1)
-    cloud = grains(style)[3, 0][: rays.shape[1], : rays.shape[2]] if style == "wild" else 0
+    rows, columns = (np.arange(n) * 256 // n for n in rays.shape[1:])
+    cloud = grains(style)[3, 0][np.ix_(rows, columns)] if style == "wild" else 0
     rgb[:] = scene.sky[1][:, None, None] + (scene.sky[0] - scene.sky[1])[:, None, None] * np.clip(up + 0.15 * cloud, 0, 1)
     for k in np.unique(which[which >= 0]):
         prim, sel = scene.prims[k], which == k
