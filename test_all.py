@@ -1088,7 +1088,7 @@ def test_bad_frames_are_replaced_and_named(tmp_path):
     assert sentence.startswith("--data hypersim=") and "\n" not in sentence
 
 
-============================== train: the command
+# ================================================================ train: the command
 
 
 def _command(tiny, out, *more, steps=4):

@@ -1,6 +1,6 @@
 """From nothing to what the paper takes for granted: an autoencoder, a generator and a teacher.
 
-    python nano/pretrain.py                    # all three stages, about an hour on two cores
+    python nano/pretrain.py                    # all four stages, about an hour on two cores
     python nano/pretrain.py teacher --teacher_steps 500
 
 Each stage is a function; each writes its state every two minutes to --work and goes on from there when
@@ -29,7 +29,7 @@ from evaluate import abs_rel, align, boundary_f1, delta1  # noqa: E402
 from losses import add_noise, gradient_matching, mae, velocity  # noqa: E402
 from model import SD_SCHEDULE, FiffDepth, Teacher  # noqa: E402
 
-STAGES = ("vae", "generator", "teacher")
+STAGES = ("vae", "decoder", "generator", "teacher")
 # What suits so small a generator; train.py reads it beside the weights, flags of its own win.
 RECIPE = {"steps": 2400, "batch": 32, "micro": 16, "lr": 6e-4, "no_flip": True, "cache": "runs/cache", "save_every": 150, "val_every": 300}
 
@@ -124,22 +124,11 @@ def new_vae():
 def train_vae(a):
     """Reconstructs crops of pictures and, as often, of disparity maps (decoded as grey pictures). L1 keeps
     edges, the gradient term sharpens them, the KL term keeps the latent space smooth."""
-    clean_rgb, clean_depth = load_frames(a.data / "clean/train", True, a.vae_frames)
-    wild_rgb, wild_depth = load_frames(a.data / "wild/labelled", True, a.vae_frames)
-    pictures, maps = (clean_rgb, wild_rgb), (clean_depth, wild_depth)
+    pictures, maps = vae_frames(a, a.vae_frames)
     vae = new_vae()
 
-    def crops(store, n, g, side=64):
-        out = []
-        for array in store:
-            for i in torch.randint(len(array), (n // 2,), generator=g):
-                y, x = (int(torch.randint(s - side + 1, (1,), generator=g)) for s in array.shape[-2:])
-                out.append(array[i, :, y : y + side, x : x + side].float())
-        return torch.stack(out)
-
     def loss_of(g, batch):
-        rgb = to_float(crops(pictures, batch // 2, g))
-        depth = crops(maps, batch // 2, g).repeat(1, 3, 1, 1)
+        rgb, depth = to_float(crops(pictures, batch // 2, g)), crops(maps, batch // 2, g).repeat(1, 3, 1, 1)
         x = torch.cat([rgb, depth])
         posterior = vae.encode(x).latent_dist
         z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=g)
@@ -155,8 +144,45 @@ def train_vae(a):
         z = torch.cat([vae.encode(to_float(rgb[:256])).latent_dist.mean for rgb in pictures])
     vae.register_to_config(scaling_factor=round(float(1 / z.std()), 4))
     vae.save_pretrained(a.work / "vae")
-    scores = round_trip(vae, a)
-    card(a, "vae", minutes, a.vae_steps, vae, scores)
+    card(a, "vae", minutes, a.vae_steps, vae, round_trip(vae, a))
+
+
+def train_decoder(a):
+    """The decoder alone, on disparity maps mostly; far pixels weigh more, as they do in AbsRel. Latents stay as
+    they are, so this may come before or after the generator (Stable Diffusion's decoder was tuned alone, too)."""
+    pictures, maps = vae_frames(a, a.decoder_frames)
+    vae = AutoencoderKL.from_pretrained(a.work / "vae", low_cpu_mem_usage=False)
+    decoder = torch.nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder})
+
+    def loss_of(g, batch):
+        rgb, depth = to_float(crops(pictures, batch // 4, g)), crops(maps, batch - batch // 4, g).repeat(1, 3, 1, 1)
+        x = torch.cat([rgb, depth])
+        with torch.no_grad():
+            z = vae.encode(x).latent_dist.mean
+        y = vae.decode(z).sample.float()
+        quarter = len(rgb)
+        nearness = (depth + 1) / 2
+        relative = ((y[quarter:] - depth).abs() / (nearness + 0.15)).mean()
+        return {"rgb": 0.5 * mae(y[:quarter], rgb), "depth": relative, "edges": gradient_matching(y[quarter:], depth)}
+
+    minutes = fit("decoder", decoder, loss_of, a.decoder_batch, a.decoder_steps, a.decoder_lr, a.work)
+    vae.eval().save_pretrained(a.work / "vae")
+    card(a, "decoder", minutes, a.decoder_steps, decoder, round_trip(vae, a))
+
+
+def vae_frames(a, count):
+    """-> pictures and disparity maps, of the clean and of the labelled wild set."""
+    return tuple(zip(*(load_frames(a.data / folder, True, count) for folder in ("clean/train", "wild/labelled"))))
+
+
+def crops(stores, n, g, side=64):
+    """n random crops, as many from each store -> float [n, C, side, side]"""
+    out = []
+    for array in stores:
+        for i in torch.randint(len(array), (n // len(stores),), generator=g):
+            y, x = (int(torch.randint(s - side + 1, (1,), generator=g)) for s in array.shape[-2:])
+            out.append(array[i, :, y : y + side, x : x + side].float())
+    return torch.stack(out)
 
 
 def round_trip(vae, a, n=128):
@@ -321,12 +347,13 @@ def main(argv=None):
     here = Path(__file__).resolve().parent
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("stages", nargs="*", default=STAGES, help="vae, generator, teacher")
+    add("stages", nargs="*", default=STAGES, help="vae, decoder, generator, teacher")
     add("--data", type=Path, default=here / "data", help="folder that nano/scenes.py wrote")
     add("--out", type=Path, default=here / "weights", help="finished weights")
     add("--work", type=Path, default=here.parent / "runs/pretrain", help="states to resume from, and logs")
     add("--assets", type=Path, default=here.parent / "assets", help="where the generator's samples are drawn")
-    for stage, steps, batch, lr, frames in (("vae", 2600, 32, 1e-3, 8000), ("generator", 2200, 32, 1e-3, 8000), ("teacher", 2600, 64, 1e-3, 8000)):
+    for stage, steps, batch, lr, frames in (("vae", 2600, 32, 1e-3, 8000), ("decoder", 1400, 32, 6e-4, 8000),
+                                            ("generator", 1800, 32, 1e-3, 8000), ("teacher", 2600, 64, 1e-3, 8000)):
         add(f"--{stage}_steps", type=int, default=steps, help="optimiser steps")
         add(f"--{stage}_batch", type=int, default=batch, help="pictures a step")
         add(f"--{stage}_lr", type=float, default=lr, help="peak learning rate")
@@ -338,7 +365,7 @@ def main(argv=None):
             parser.error(f"unknown stage {stage}: choose from {', '.join(STAGES)}")
     try:
         for stage in a.stages:
-            {"vae": train_vae, "generator": train_generator, "teacher": train_teacher}[stage](a)
+            {"vae": train_vae, "decoder": train_decoder, "generator": train_generator, "teacher": train_teacher}[stage](a)
     except UserError as error:
         sys.exit(f"error: {error}")
 
