@@ -329,15 +329,35 @@ def teacher_scores(a, n=256):
                     (round(float(m * k), 3) for m, k in zip(means, (100, 100, 1)))))
 
 
+# ---------------------------------------------------------------- (d) what train.py made, as it is shipped
+
+
+def ship(a):
+    """runs/fiffdepth -> nano/weights/fiffdepth in half precision, without the paths of this machine."""
+    root = Path(__file__).resolve().parent.parent
+    run = root / "runs/fiffdepth"
+    model = FiffDepth.from_pretrained(run)
+    model.info = json.loads(json.dumps(model.info).replace(f"{root}/", ""))
+    model.save_pretrained(a.out / "fiffdepth", torch.float16)
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in log if "loss" in line]
+    minutes = sum(model.info["flags"]["batch"] / line["pictures_per_second"] for line in steps) / 60
+    last = {k: v for k, v in log[-1].items() if k.startswith("val_")}
+    card(a, "fiffdepth", minutes, len(steps), model.unet, last, command="python train.py")
+    sheets = sorted(run.glob("preview_*.png"))
+    a.assets.mkdir(exist_ok=True, parents=True)
+    Image.open(sheets[-1]).save(a.assets / "preview.png")
+
+
 # ---------------------------------------------------------------- the command
 
 
-def card(a, stage, minutes, steps, net, scores):
+def card(a, stage, minutes, steps, net, scores, command=None):
     """Adds a stage to nano/weights/card.json: how it was made and what came out."""
     file = a.out / "card.json"
     a.out.mkdir(parents=True, exist_ok=True)
     cards = json.loads(file.read_text()) if file.exists() else {}
-    cards[stage] = {"command": f"python nano/pretrain.py {stage}", "steps": steps, "seed": 0, "minutes_two_cores": round(minutes, 1),
+    cards[stage] = {"command": command or f"python nano/pretrain.py {stage}", "steps": steps, "seed": 0, "minutes_two_cores": round(minutes, 1),
                     "parameters": sum(p.numel() for p in net.parameters()), **scores}
     file.write_text(json.dumps(cards, indent=1) + "\n")
     print(stage, cards[stage])
@@ -347,7 +367,7 @@ def main(argv=None):
     here = Path(__file__).resolve().parent
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("stages", nargs="*", default=STAGES, help="vae, decoder, generator, teacher")
+    add("stages", nargs="*", default=STAGES, help="vae, decoder, generator, teacher; ship puts what train.py made into --out")
     add("--data", type=Path, default=here / "data", help="folder that nano/scenes.py wrote")
     add("--out", type=Path, default=here / "weights", help="finished weights")
     add("--work", type=Path, default=here.parent / "runs/pretrain", help="states to resume from, and logs")
@@ -361,11 +381,11 @@ def main(argv=None):
     add("--teacher_blur", type=float, default=1.5, help="sigma, in pixels, of the blur of the teacher's targets")
     a = parser.parse_args(argv)
     for stage in a.stages:
-        if stage not in STAGES:
-            parser.error(f"unknown stage {stage}: choose from {', '.join(STAGES)}")
+        if stage not in (*STAGES, "ship"):
+            parser.error(f"unknown stage {stage}: choose from {', '.join(STAGES)}, ship")
     try:
         for stage in a.stages:
-            {"vae": train_vae, "decoder": train_decoder, "generator": train_generator, "teacher": train_teacher}[stage](a)
+            {"vae": train_vae, "decoder": train_decoder, "generator": train_generator, "teacher": train_teacher, "ship": ship}[stage](a)
     except UserError as error:
         sys.exit(f"error: {error}")
 
