@@ -1,11 +1,12 @@
-"""Scores: AbsRel and delta1 after alignment (Marigold's protocol, Table 1) and boundary F1 (Depth Pro's,
-Table 2), on numpy arrays.
+"""Scores: AbsRel and delta1 after alignment (Marigold's protocol, Table 1) and boundary F1
+(Depth Pro's, Table 2), on numpy arrays.
 
-    python evaluate.py                        # FiffDepth, its teacher and a vertical ramp on held-out wild scenes
+    python evaluate.py         # FiffDepth, its teacher and a vertical ramp on held-out wild scenes
     python evaluate.py --checkpoint DIR --teacher DIR --data nano=FOLDER
 
-Per image: align to the truth, clip to the set's range, score on its valid pixels; then the plain mean over
-images. The sets of the paper's tables come with the next version; the small world's folders work now.
+Per image: align to the truth, clip to the set's range, score on its valid pixels; then the plain
+mean over images. The sets of the paper's tables come with the next version; the small world's
+folders work now.
 """
 import argparse
 import sys
@@ -26,12 +27,15 @@ FLOOR = 1e-6
 def align(pred, depth, mask, space="disparity", lowest=1e-3):
     """Least-squares scale and shift per image, then metres (Sec. 4.2, Marigold's protocol).
 
-    pred [H, W] affine-invariant; depth [H, W] metres; mask bool [H, W] -> aligned depth [H, W] metres.
-    space="depth": fits s·pred + t to depth. space="disparity": fits it to 1/depth on the valid pixels with
-    pred > 0, clips at `lowest` (1/m) and inverts. All-NaN when fewer than two pixels can be fitted.
+    pred [H, W] affine-invariant; depth [H, W] metres; mask bool [H, W] -> aligned depth [H, W]
+    metres.
+    space="depth": fits s·pred + t to depth. space="disparity": fits it to 1/depth on the valid
+    pixels with pred > 0, clips at `lowest` (1/m) and inverts. All-NaN when fewer than two pixels
+    can be fitted.
     """
     pred, depth = np.asarray(pred, np.float64), np.asarray(depth, np.float64)
-    fit = np.broadcast_to(np.asarray(mask, bool), depth.shape) & (depth > 0) & np.isfinite(depth) & np.isfinite(pred)
+    fit = (np.broadcast_to(np.asarray(mask, bool), depth.shape) & (depth > 0) & np.isfinite(depth)
+           & np.isfinite(pred))
     if space == "disparity":
         fit = fit & (pred > 0)
     if fit.sum() < 2:
@@ -50,16 +54,19 @@ def abs_rel(pred, depth, mask):
 
 
 def delta1(pred, depth, mask):
-    """Share of pixels with max(pred/depth, depth/pred) < 1.25 over the mask; NaN for an empty mask."""
+    """Share of pixels with max(pred/depth, depth/pred) < 1.25 over the mask;
+    NaN for an empty mask."""
     p, d = np.asarray(pred, np.float64)[mask], np.asarray(depth, np.float64)[mask]
     return float(np.mean(np.maximum(p / d, d / p) < 1.25)) if d.size else float("nan")
 
 
 def boundary_f1(pred_depth, depth, mask=None):
-    """Depth Pro's scale-invariant boundary F1, weighted mean over ten thresholds; depth [H, W], not disparity.
+    """Depth Pro's scale-invariant boundary F1, weighted mean over ten thresholds; depth [H, W], not
+    disparity.
 
-    A pair of neighbours is a boundary in one of four directions when the nearer is nearer by the factor t.
-    Recall and precision are averaged over the directions. mask: count only pairs of valid pixels.
+    A pair of neighbours is a boundary in one of four directions when the nearer is nearer by the
+    factor t. Recall and precision are averaged over the directions. mask: count only pairs of valid
+    pixels.
     """
     pred, true = (1 / np.maximum(np.asarray(x, np.float64), 1e-6) for x in (pred_depth, depth))
     thresholds = np.linspace(1.05, 1.25, 10)
@@ -68,12 +75,14 @@ def boundary_f1(pred_depth, depth, mask=None):
         hits = [(p & g, p, g) for p, g in zip(relations(pred, t, mask), relations(true, t, mask))]
         recall = np.mean([b.sum() / max(g.sum(), 1) for b, _, g in hits])
         precision = np.mean([b.sum() / max(p.sum(), 1) for b, p, _ in hits])
-        scores.append(2 * recall * precision / (recall + precision) if recall + precision > 0 else 0.0)
+        scores.append(2 * recall * precision / (recall + precision)
+                      if recall + precision > 0 else 0.0)
     return float(np.sum(thresholds / thresholds.sum() * scores))
 
 
 def relations(inverse, t, mask):
-    """right, left, bottom, top: where the neighbour (or the pixel itself) is nearer by more than t."""
+    """right, left, bottom, top: where the neighbour (or the pixel itself)
+    is nearer by more than t."""
     pairs = ((inverse[:, 1:], inverse[:, :-1]), (inverse[1:], inverse[:-1]))
     valid = (True, True) if mask is None else (mask[:, 1:] & mask[:, :-1], mask[1:] & mask[:-1])
     return [(a / b > t) & v for (x, y), v in zip(pairs, valid) for a, b in ((x, y), (y, x))]
@@ -83,23 +92,27 @@ def relations(inverse, t, mask):
 
 
 def scores_of(predict, space, frames):
-    """predict: uint8 [H, W, 3] -> map [H, W] -> the means of AbsRel, delta1 and boundary F1 over a FrameSet,
-    and the number of images that had a score missing (no valid pixel): left out of the mean, and told."""
+    """predict: uint8 [H, W, 3] -> map [H, W] -> the means of AbsRel, delta1 and boundary F1 over a
+    FrameSet, and the number of images that had a score missing (no valid pixel): left out of the
+    mean, and told."""
     rows = []
     for i in tqdm(range(len(frames)), desc=frames.name, leave=False):
         rgb, depth, valid = frames.read(i)
-        aligned = np.clip(align(predict(rgb), depth, valid, space), frames.layout.near, frames.layout.far)
-        rows.append((abs_rel(aligned, depth, valid), delta1(aligned, depth, valid), boundary_f1(aligned, depth, valid)))
+        aligned = np.clip(align(predict(rgb), depth, valid, space),
+                          frames.layout.near, frames.layout.far)
+        rows.append((abs_rel(aligned, depth, valid), delta1(aligned, depth, valid),
+                     boundary_f1(aligned, depth, valid)))
     return np.nanmean(rows, 0), int(np.isnan(rows).any(1).sum())
 
 
 def small_world(a):
-    """The predictors to compare: name -> (function, space). align leaves values of 0 out of the fit of a
-    disparity; a far end that is exactly 0 belongs into it, hence FLOOR."""
+    """The predictors to compare: name -> (function, space). align leaves values of 0 out of the fit
+    of a disparity; a far end that is exactly 0 belongs into it, hence FLOOR."""
     model, teacher = FiffDepth.from_pretrained(a.checkpoint), Teacher.from_pretrained(a.teacher)
 
     def taught(rgb):
-        return teacher(torch.tensor(rgb).permute(2, 0, 1)[None].float() / 127.5 - 1)[0].numpy() + FLOOR
+        return teacher(
+            torch.tensor(rgb).permute(2, 0, 1)[None].float() / 127.5 - 1)[0].numpy() + FLOOR
 
     def ramp(rgb):
         return np.linspace(FLOOR, 1, len(rgb))[:, None] * np.ones(rgb.shape[1])
@@ -111,26 +124,34 @@ def small_world(a):
 def run(a):
     default = HERE / "nano/data/wild/test"
     if a.data is None and not default.exists():
-        raise UserError(f"{default} is not there yet; `python nano/scenes.py` makes the small world (minutes)")
+        raise UserError(f"{default} is not there yet; "
+                        "`python nano/scenes.py` makes the small world (minutes)")
     sources = parse_sources(a.data or [f"nano={default}"])
     predictors = small_world(a)
-    print(f"checkpoint {a.checkpoint}; least squares in the predictor's space, clipped to the set's range, native size")
+    print(f"checkpoint {a.checkpoint}; least squares in the predictor's space, "
+          "clipped to the set's range, native size")
     for name, (path, listed) in sources.items():
         frames = FrameSet(name, path, listed, cap=a.frames)
-        print(f"\n{name} {path}: {len(frames)} images, valid depth {frames.layout.near:g}..{frames.layout.far:g} m\n"
+        print(f"\n{name} {path}: {len(frames)} images, "
+              f"valid depth {frames.layout.near:g}..{frames.layout.far:g} m\n"
               f"| | space | AbsRel % | delta1 % | boundary F1 (aligned) |\n|---|---|---|---|---|")
         for title, (predict, space) in predictors.items():
             (error, share, f1), skipped = scores_of(predict, space, frames)
             note = f" ({skipped} images without a score)" if skipped else ""
-            print(f"| {title}{note} | {space} | {100 * error:.2f} | {100 * share:.2f} | {f1:.3f} |", flush=True)
+            print(f"| {title}{note} | {space} | {100 * error:.2f} | {100 * share:.2f} | {f1:.3f} |",
+                  flush=True)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", default=str(HERE / "nano/weights/fiffdepth"), help="model to score, folder or hub id", metavar="DIR|HUB_ID")
-    add("--teacher", default=str(HERE / "nano/weights/teacher"), help="teacher to compare with", metavar="DIR|HUB_ID")
-    add("--data", nargs="+", action="extend", metavar="NAME=PATH", help="sets with depth; default: the small world's held-out wild scenes")
+    add("--checkpoint", default=str(HERE / "nano/weights/fiffdepth"),
+        help="model to score, folder or hub id", metavar="DIR|HUB_ID")
+    add("--teacher", default=str(HERE / "nano/weights/teacher"),
+        help="teacher to compare with", metavar="DIR|HUB_ID")
+    add("--data", nargs="+", action="extend", metavar="NAME=PATH",
+        help="sets with depth; default: the small world's held-out wild scenes")
     add("--frames", type=int, help="score the first so many frames only")
     try:
         with torch.inference_mode():

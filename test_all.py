@@ -1,7 +1,8 @@
 """Tests: each one fails when the thing it names is wrong, not only when it crashes.
 
     pytest test_all.py            # about two minutes on two cores, offline
-    pytest test_all.py -k losses  # one part: losses, model, teacher, data, train, infer, evaluate, nano, readme
+    pytest test_all.py -k losses  # one part: losses, model, teacher, data, train, infer,
+                                  # evaluate, nano, readme
 """
 import argparse
 import builtins
@@ -58,8 +59,10 @@ def test_losses_noise_and_velocity_equal_the_scheduler():
     b0, eps = _latents(2)
     t = torch.tensor([1, 999])
     a_bar = scheduler.alphas_cumprod[t]
-    torch.testing.assert_close(add_noise(b0, eps, a_bar), scheduler.add_noise(b0, eps, t), rtol=0, atol=1e-6)
-    torch.testing.assert_close(velocity(b0, eps, a_bar), scheduler.get_velocity(b0, eps, t), rtol=0, atol=1e-6)
+    torch.testing.assert_close(add_noise(b0, eps, a_bar), scheduler.add_noise(b0, eps, t),
+                               rtol=0, atol=1e-6)
+    torch.testing.assert_close(velocity(b0, eps, a_bar), scheduler.get_velocity(b0, eps, t),
+                               rtol=0, atol=1e-6)
 
 
 def test_losses_velocity_and_noise_are_one_rotation():
@@ -95,9 +98,12 @@ def test_losses_mae_by_hand():
 def test_losses_gradient_matching_by_hand():
     residual = torch.tensor([[[[0.0, 1, 3], [0, 0, 5]]]])
     zero = torch.zeros_like(residual)
-    assert gradient_matching(residual, zero).item() == pytest.approx((1 + 2 + 0 + 5) / 4 + (0 + 1 + 2) / 3)
-    mask = torch.tensor([[True, True, False], [True, True, True]])  # three x pairs and two y pairs remain
-    assert gradient_matching(residual, zero, mask).item() == pytest.approx((1 + 0 + 5) / 3 + (0 + 1) / 2)
+    assert gradient_matching(residual, zero).item() == pytest.approx(
+        (1 + 2 + 0 + 5) / 4 + (0 + 1 + 2) / 3)
+    # three x pairs and two y pairs remain
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    assert gradient_matching(residual, zero, mask).item() == pytest.approx(
+        (1 + 0 + 5) / 3 + (0 + 1) / 2)
 
 
 def test_losses_gradient_matching_ignores_a_constant_and_sees_both_directions():
@@ -117,7 +123,8 @@ def test_losses_masks(loss):
     poisoned = torch.where(mask, d_star, torch.nan)
     assert loss(d, poisoned, mask) == loss(d, d_star, mask)
     loss(d, poisoned, mask).backward()
-    assert torch.isfinite(d.grad).all() and (d.grad[~mask.expand_as(d)] == 0).all() and (d.grad != 0).any()
+    assert (torch.isfinite(d.grad).all() and (d.grad[~mask.expand_as(d)] == 0).all()
+            and (d.grad != 0).any())
     assert loss(d, poisoned, torch.zeros(2, 1, 6, 5, dtype=torch.bool)) == 0
     assert loss(d.detach(), d_star, torch.ones(6, 5, dtype=torch.bool)) == loss(d.detach(), d_star)
 
@@ -140,12 +147,15 @@ def _tiny_parts(width=16, blocks=(8, 16), vae_blocks=(8, 8, 8)):
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(in_channels=4, out_channels=4, block_out_channels=blocks, layers_per_block=1, cross_attention_dim=width,
-                                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-                                attention_head_dim=2, norm_num_groups=4)
+    unet = UNet2DConditionModel(
+        in_channels=4, out_channels=4, block_out_channels=blocks, layers_per_block=1,
+        cross_attention_dim=width, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=2, norm_num_groups=4)
     n = len(vae_blocks)
-    vae = AutoencoderKL(block_out_channels=vae_blocks, layers_per_block=1, latent_channels=4, norm_num_groups=4, scaling_factor=0.3,
-                        down_block_types=("DownEncoderBlock2D",) * n, up_block_types=("UpDecoderBlock2D",) * n)
+    vae = AutoencoderKL(block_out_channels=vae_blocks, layers_per_block=1, latent_channels=4,
+                        norm_num_groups=4, scaling_factor=0.3,
+                        down_block_types=("DownEncoderBlock2D",) * n,
+                        up_block_types=("UpDecoderBlock2D",) * n)
     return unet, vae
 
 
@@ -154,25 +164,30 @@ def _tiny_model(**kw):
 
     unet, vae = _tiny_parts(**kw)
     prompt = torch.randn(1, 2, kw.get("width", 16), generator=torch.Generator().manual_seed(3))
-    return FiffDepth(unet, vae, DDPMScheduler(**SD_SCHEDULE), prompt, {"target": "disparity", "size": 32})
+    return FiffDepth(unet, vae, DDPMScheduler(**SD_SCHEDULE), prompt,
+                     {"target": "disparity", "size": 32})
 
 
 def _tiny_teacher_net(size=28):
     from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
 
     torch.manual_seed(0)
-    backbone = Dinov2Config(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, image_size=size, patch_size=14,
-                            out_indices=[1, 2, 3, 4], reshape_hidden_states=False)
+    backbone = Dinov2Config(
+        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, image_size=size, patch_size=14,
+        out_indices=[1, 2, 3, 4], reshape_hidden_states=False)
     net = DepthAnythingForDepthEstimation(DepthAnythingConfig(
-        backbone_config=backbone, patch_size=14, reassemble_hidden_size=16, neck_hidden_sizes=[4, 4, 8, 8],
-        reassemble_factors=[4, 2, 1, 0.5], fusion_hidden_size=8, head_hidden_size=8))
+        backbone_config=backbone, patch_size=14, reassemble_hidden_size=16,
+        neck_hidden_sizes=[4, 4, 8, 8], reassemble_factors=[4, 2, 1, 0.5], fusion_hidden_size=8,
+        head_hidden_size=8))
     torch.nn.init.constant_(net.head.conv3.bias, 1.0)
     return net
 
 
-PREPROCESSOR = {"image_processor_type": "DPTImageProcessor", "do_resize": True, "size": {"height": 518, "width": 518},
-                "keep_aspect_ratio": True, "ensure_multiple_of": 14, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255,
-                "do_normalize": True, "do_pad": False, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+PREPROCESSOR = {
+    "image_processor_type": "DPTImageProcessor", "do_resize": True,
+    "size": {"height": 518, "width": 518}, "keep_aspect_ratio": True, "ensure_multiple_of": 14,
+    "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+    "do_pad": False, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
 
 @pytest.fixture(scope="session")
@@ -181,12 +196,14 @@ def tiny(tmp_path_factory):
     root = tmp_path_factory.mktemp("tiny")
     _tiny_model().save_pretrained(root / "base")
     _tiny_teacher_net().save_pretrained(root / "teacher")
-    (root / "teacher/preprocessor_config.json").write_text(json.dumps(PREPROCESSOR | {"size": {"height": 28, "width": 28}}))
+    (root / "teacher/preprocessor_config.json").write_text(
+        json.dumps(PREPROCESSOR | {"size": {"height": 28, "width": 28}}))
     g = np.random.default_rng(0)
     for folder in ("clean", "wild"):
         (root / folder).mkdir()
         for i in range(6):
-            Image.fromarray(g.integers(0, 256, (24, 32, 3), dtype=np.uint8)).save(root / folder / f"rgb_{i:05d}.png")
+            Image.fromarray(g.integers(0, 256, (24, 32, 3), dtype=np.uint8)).save(
+                root / folder / f"rgb_{i:05d}.png")
             if folder == "clean":
                 depth = g.integers(500, 9000, (24, 32)).astype(np.uint16)
                 depth[:5] = 0
@@ -204,7 +221,8 @@ def test_model_predict_is_the_raw_output_at_zero():
 def test_model_time_minus_one_zero_and_one_differ():
     model, x = _tiny_model(), torch.randn(1, 4, 6, 8)
     a, b, c = (model.eps_hat(x, t) for t in (-1, 0, 1))
-    assert not torch.allclose(a, b, atol=1e-5) and not torch.allclose(a, c, atol=1e-5) and not torch.allclose(b, c, atol=1e-5)
+    assert (not torch.allclose(a, b, atol=1e-5) and not torch.allclose(a, c, atol=1e-5)
+            and not torch.allclose(b, c, atol=1e-5))
     torch.testing.assert_close(model.filter(x), a)
 
 
@@ -233,7 +251,8 @@ def test_model_encode_is_the_scaled_posterior_mean():
     model, rgb = _tiny_model(), torch.rand(1, 3, 16, 24) * 2 - 1
     expected = model.vae.encode(rgb).latent_dist.mean * 0.3
     torch.testing.assert_close(model.encode(rgb), expected)
-    assert torch.equal(model.encode(rgb), model.encode(rgb)) and model.encode(rgb).shape == (1, 4, 4, 6)
+    assert (torch.equal(model.encode(rgb), model.encode(rgb))
+            and model.encode(rgb).shape == (1, 4, 4, 6))
 
 
 def test_model_decode_is_the_mean_of_three_channels_in_range():
@@ -261,7 +280,8 @@ def test_model_save_load_infer_is_bit_equal_and_diffusers_reads_the_parts(tmp_pa
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "m", subfolder="unet")
     assert all(torch.equal(v, model.unet.state_dict()[k]) for k, v in unet.state_dict().items())
     AutoencoderKL.from_pretrained(tmp_path / "m", subfolder="vae")
-    assert DDPMScheduler.from_pretrained(tmp_path / "m", subfolder="scheduler").config.prediction_type == "v_prediction"
+    assert DDPMScheduler.from_pretrained(
+        tmp_path / "m", subfolder="scheduler").config.prediction_type == "v_prediction"
     assert not list(tmp_path.glob(".*"))  # nothing left over
 
 
@@ -273,23 +293,28 @@ def _clip_folder(path, width):
     words = ["<|startoftext|>", "<|endoftext|>", "a", "a</w>"]
     (path / "tok/vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
     (path / "tok/merges.txt").write_text("#version: 0.2\n")
-    CLIPTokenizer(str(path / "tok/vocab.json"), str(path / "tok/merges.txt"), unk_token="<|endoftext|>").save_pretrained(path / "tokenizer")
+    CLIPTokenizer(str(path / "tok/vocab.json"), str(path / "tok/merges.txt"),
+                  unk_token="<|endoftext|>").save_pretrained(path / "tokenizer")
     torch.manual_seed(0)
-    encoder = CLIPTextModel(CLIPTextConfig(vocab_size=4, hidden_size=width, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-                                           max_position_embeddings=77, bos_token_id=0, eos_token_id=1))
+    encoder = CLIPTextModel(CLIPTextConfig(
+        vocab_size=4, hidden_size=width, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=77, bos_token_id=0, eos_token_id=1))
     encoder.save_pretrained(path / "text_encoder")
     return encoder
 
 
-@pytest.mark.parametrize("width,prediction,layout", [(8, "epsilon", "base"), (24, "v_prediction", "base"), (8, None, "authors")])
-def test_model_from_generators_of_any_width_and_from_the_authors_layout(tmp_path, width, prediction, layout):
+@pytest.mark.parametrize("width,prediction,layout", [
+    (8, "epsilon", "base"), (24, "v_prediction", "base"), (8, None, "authors")])
+def test_model_from_generators_of_any_width_and_from_the_authors_layout(tmp_path, width, prediction,
+                                                                        layout):
     from diffusers import PNDMScheduler
 
     unet, vae = _tiny_parts(width=width, vae_blocks=(8, 8) if layout == "base" else (8, 8, 8, 8))
     unet.save_pretrained(tmp_path / "unet")
     vae.save_pretrained(tmp_path / "vae")
     if prediction:
-        PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction,
+        PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                      prediction_type=prediction,
                       skip_prk_steps=True).save_pretrained(tmp_path / "scheduler")
     encoder = _clip_folder(tmp_path, width)
     model = FiffDepth.from_pretrained(tmp_path)
@@ -299,15 +324,17 @@ def test_model_from_generators_of_any_width_and_from_the_authors_layout(tmp_path
     assert model.alphas_cumprod[999].item() == pytest.approx(0.00466, abs=1e-5)
     assert model.info["target"] == "depth" and model(torch.zeros(1, 3, 9, 9)).shape == (1, 1, 9, 9)
     model.save_pretrained(tmp_path / "out")
-    assert json.loads((tmp_path / "out/scheduler/scheduler_config.json").read_text())["prediction_type"] == "v_prediction"
+    assert json.loads((tmp_path / "out/scheduler/scheduler_config.json").read_text())[
+        "prediction_type"] == "v_prediction"
 
 
 def test_model_tiny_autoencoder_behind_encode_and_decode(tmp_path, tiny):
     from diffusers import AutoencoderTiny
 
     torch.manual_seed(0)
-    net = AutoencoderTiny(encoder_block_out_channels=(8, 8, 8), decoder_block_out_channels=(8, 8, 8),
-                          num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1))
+    net = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8), decoder_block_out_channels=(8, 8, 8),
+        num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1))
     net.save_pretrained(tmp_path / "taesd")
     model = FiffDepth.from_pretrained(tiny / "base", vae=tmp_path / "taesd")
     rgb = torch.rand(1, 3, 15, 22) * 2 - 1
@@ -315,7 +342,8 @@ def test_model_tiny_autoencoder_behind_encode_and_decode(tmp_path, tiny):
     assert model(rgb).shape == (1, 1, 15, 22)
     assert not torch.equal(model(rgb), FiffDepth.from_pretrained(tiny / "base")(rgb))
     padded = torch.nn.functional.pad(rgb, (0, 2, 0, 1), mode="replicate")
-    torch.testing.assert_close(model.encode(rgb), net.encode(padded).latents * net.config.scaling_factor)
+    torch.testing.assert_close(model.encode(rgb),
+                               net.encode(padded).latents * net.config.scaling_factor)
 
 
 def test_model_wrong_folders_are_one_sentence(tmp_path, tiny, monkeypatch):
@@ -343,7 +371,8 @@ def test_model_half_weights_are_read_at_full_precision(tmp_path):
 
 
 def _flags(**changes):
-    return argparse.Namespace(**{"gamma": 0.5, "lambda_mae": 1.0, "lambda_gm": 0.5, "lambda_k": 0.2, "teacher_at_d0": False, **changes})
+    return argparse.Namespace(**{"gamma": 0.5, "lambda_mae": 1.0, "lambda_gm": 0.5, "lambda_k": 0.2,
+                                 "teacher_at_d0": False, **changes})
 
 
 def _micro():
@@ -353,7 +382,8 @@ def _micro():
     x0, d0_star, real, label = (torch.randn(2, 4, 6, 8, generator=g) for _ in range(4))
     mask = torch.ones(2, 1, 6, 8, dtype=torch.bool)
     mask[:, :, :2] = False
-    return Latents(x0, d0_star, mask, real, label), torch.randn(2, 4, 6, 8, generator=g), torch.tensor([3, 700])
+    return (Latents(x0, d0_star, mask, real, label), torch.randn(2, 4, 6, 8, generator=g),
+            torch.tensor([3, 700]))
 
 
 def test_train_each_of_the_five_terms_alone_moves_the_unet():
@@ -363,7 +393,8 @@ def test_train_each_of_the_five_terms_alone_moves_the_unet():
     for name in ("mae_0", "gm_0", "k", "mae_m1", "gm_m1"):
         model.zero_grad()
         training_step(model, *_micro(), _flags())[name].backward()
-        norm = torch.stack([p.grad.norm() for p in model.unet.parameters() if p.grad is not None]).norm()
+        norm = torch.stack([p.grad.norm() for p in model.unet.parameters()
+                            if p.grad is not None]).norm()
         assert norm > 1e-6 and torch.isfinite(norm), name
         assert all(p.grad is None for p in model.vae.parameters())
 
@@ -387,18 +418,25 @@ def test_train_terms_by_hand_and_ablations():
     a = model.alphas_cumprod[t].reshape(-1, 1, 1, 1)
     v = a.sqrt() * eps - (1 - a).sqrt() * b0
     k = (v - model.eps_hat(a.sqrt() * b0 + (1 - a).sqrt() * eps, t)).square().mean()
-    expected = {"mae_0": (d0 - z.d0_star).abs()[:, :, 2:].mean(), "k": 0.2 * k, "mae_m1": (dm1 - z.dm1_star).abs().mean(),
-                "gm_0": 0.5 * gradient_matching(d0, z.d0_star, z.mask), "gm_m1": 0.5 * gradient_matching(dm1, z.dm1_star)}
+    expected = {"mae_0": (d0 - z.d0_star).abs()[:, :, 2:].mean(), "k": 0.2 * k,
+                "mae_m1": (dm1 - z.dm1_star).abs().mean(),
+                "gm_0": 0.5 * gradient_matching(d0, z.d0_star, z.mask),
+                "gm_m1": 0.5 * gradient_matching(dm1, z.dm1_star)}
     for name, value in expected.items():
         torch.testing.assert_close(terms[name], value, rtol=1e-4, atol=1e-5)
     at_d0 = training_step(model, z, eps, t, _flags(teacher_at_d0=True))
-    torch.testing.assert_close(at_d0["mae_m1"], (model.predict(z.real_x0) - z.dm1_star).abs().mean(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(at_d0["mae_m1"],
+                               (model.predict(z.real_x0) - z.dm1_star).abs().mean(),
+                               rtol=1e-4, atol=1e-5)
     assert "k" not in training_step(model, z, eps, t, _flags(lambda_k=0.0))
     none = training_step(model, z._replace(real_x0=None, dm1_star=None), eps, t, _flags())
     assert set(none) == {"mae_0", "gm_0", "k"}
     image_only = training_step(model, z, eps, t, _flags(gamma=1.0))["k"]
     v = a.sqrt() * eps - (1 - a).sqrt() * z.x0
-    torch.testing.assert_close(image_only, 0.2 * (v - model.eps_hat(a.sqrt() * z.x0 + (1 - a).sqrt() * eps, t)).square().mean(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        image_only,
+        0.2 * (v - model.eps_hat(a.sqrt() * z.x0 + (1 - a).sqrt() * eps, t)).square().mean(),
+        rtol=1e-4, atol=1e-5)
 
 
 def test_train_one_batch_can_be_overfitted():
@@ -431,7 +469,8 @@ def test_train_learning_rate_warms_up_and_decays_to_one_percent():
 
     a = argparse.Namespace(lr=1.0, lr_end=0.01, warmup=10, steps=110)
     assert lr_at(0, a) == pytest.approx(0.1) and lr_at(9, a) == pytest.approx(1.0)
-    assert lr_at(10, a) == pytest.approx(1.0) and lr_at(60, a) == pytest.approx(0.1) and lr_at(110, a) == pytest.approx(0.01)
+    assert (lr_at(10, a) == pytest.approx(1.0) and lr_at(60, a) == pytest.approx(0.1)
+            and lr_at(110, a) == pytest.approx(0.01))
 
 
 # ================================================================ teacher
@@ -441,19 +480,25 @@ def test_teacher_preprocessing_agrees_with_the_processor_of_transformers():
     transformers = pytest.importorskip("transformers")
     for height, width in ((480, 640), (375, 1242), (768, 1024), (300, 200)):
         g = np.random.default_rng(0)
-        picture = Image.fromarray(g.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
+        picture = Image.fromarray(
+            g.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+        ).resize((width, height), Image.BICUBIC)
         kwargs = {k: v for k, v in PREPROCESSOR.items() if k != "image_processor_type"}
-        theirs = _processor(transformers)(**kwargs)(images=picture, return_tensors="pt")["pixel_values"]
-        rgb = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+        theirs = _processor(transformers)(**kwargs)(
+            images=picture, return_tensors="pt")["pixel_values"]
+        rgb = (torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None].float()
+               / 127.5 - 1)
         ours = Teacher(torch.nn.Identity(), PREPROCESSOR).preprocess(rgb)
         assert ours.shape == theirs.shape
-        assert (ours - theirs).abs().max() < 0.03 and (ours - theirs).abs().mean() < 0.007  # 8-bit rounding: 1/255/0.225 = 0.017 a level
+        # 8-bit rounding: 1/255/0.225 = 0.017 a level
+        assert (ours - theirs).abs().max() < 0.03 and (ours - theirs).abs().mean() < 0.007
 
 
 def _processor(transformers):
     """DPTImageProcessor without torchvision."""
-    for module, name in (("transformers.models.dpt.image_processing_pil_dpt", "DPTImageProcessorPil"),
-                         ("transformers.models.dpt.image_processing_dpt", "DPTImageProcessor")):
+    for module, name in (
+            ("transformers.models.dpt.image_processing_pil_dpt", "DPTImageProcessorPil"),
+            ("transformers.models.dpt.image_processing_dpt", "DPTImageProcessor")):
         try:
             return getattr(__import__(module, fromlist=[name]), name)
         except (ImportError, AttributeError):
@@ -1092,9 +1137,11 @@ def test_bad_frames_are_replaced_and_named(tmp_path):
 
 
 def _command(tiny, out, *more, steps=4):
-    return ["--data", f"nano={tiny / 'clean'}", f"photos={tiny / 'wild'}", "--base", str(tiny / "base"), "--teacher", str(tiny / "teacher"),
-            "--out", str(out), "--steps", str(steps), "--micro", "1", "--batch", "4", "--val_frames", "1", "--lr", "1e-3", "--warmup", "2",
-            "--workers", "0", "--device", "cpu", "--max_bad", "0.4", *more]
+    return ["--data", f"nano={tiny / 'clean'}", f"photos={tiny / 'wild'}",
+            "--base", str(tiny / "base"), "--teacher", str(tiny / "teacher"), "--out", str(out),
+            "--steps", str(steps), "--micro", "1", "--batch", "4", "--val_frames", "1",
+            "--lr", "1e-3", "--warmup", "2", "--workers", "0", "--device", "cpu",
+            "--max_bad", "0.4", *more]
 
 
 def _train(*arguments):
@@ -1136,12 +1183,15 @@ def finished(tiny, tmp_path_factory):
 def test_train_writes_a_checkpoint_a_log_and_a_preview(tiny, finished, capsys):
     log = _log(finished)
     assert [line["step"] for line in log] == [1, 2, 3, 4, 4]
-    assert set(log[0]) == {"step", "loss", "mae_0", "gm_0", "k", "mae_m1", "gm_m1", "grad_norm", "lr"}
-    assert log[0]["loss"] == pytest.approx(sum(log[0][k] for k in ("mae_0", "gm_0", "k", "mae_m1", "gm_m1")))
+    assert set(log[0]) == {"step", "loss", "mae_0", "gm_0", "k", "mae_m1", "gm_m1", "grad_norm",
+                           "lr"}
+    assert log[0]["loss"] == pytest.approx(
+        sum(log[0][k] for k in ("mae_0", "gm_0", "k", "mae_m1", "gm_m1")))
     assert {"val_abs_rel", "val_delta1", "val_frames"} <= set(log[-1])
     assert Image.open(finished / "preview_000004.png").size == (5 * 32, 24)
     model = FiffDepth.from_pretrained(finished)
-    assert model.info["target"] == "disparity" and model.info["flags"]["gamma"] == 0.5 and model.info["size"] == 32
+    assert (model.info["target"] == "disparity" and model.info["flags"]["gamma"] == 0.5
+            and model.info["size"] == 32)
     base = FiffDepth.from_pretrained(tiny / "base")
     assert not torch.equal(model.unet.conv_in.weight, base.unet.conv_in.weight)
     assert torch.equal(model.vae.decoder.conv_in.weight, base.vae.decoder.conv_in.weight)
@@ -1151,7 +1201,8 @@ def test_train_resumes_bit_equal_after_kill_minus_nine(tiny, finished, tmp_path)
     """Killed at a random moment, twice; weights, optimiser and log end up as if never stopped."""
     out, script = tmp_path / "run", str(HERE / "train.py")
     arguments = _command(tiny, out, "--save_every", "1")
-    process = subprocess.Popen([sys.executable, script, *arguments], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, script, *arguments],
+                               stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.time() + 120
     while not (out / "training.pt").exists() and process.poll() is None and time.time() < deadline:
         time.sleep(0.01)
@@ -1183,10 +1234,12 @@ def test_train_cache_gives_what_encoding_gives(tiny, finished, tmp_path):
 
 def test_train_sigterm_saves_and_leaves_with_one_line(tiny, tmp_path):
     out = tmp_path / "run"
-    process = subprocess.Popen([sys.executable, str(HERE / "train.py"), *_command(tiny, out, steps=5000)], stderr=subprocess.PIPE,
-                               stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "train.py"), *_command(tiny, out, steps=5000)],
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.time() + 120
-    while not ((out / "log.jsonl").exists() and (out / "log.jsonl").read_text().count("\n") >= 2) and time.time() < deadline:
+    while (not ((out / "log.jsonl").exists() and (out / "log.jsonl").read_text().count("\n") >= 2)
+           and time.time() < deadline):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=60)
@@ -1195,7 +1248,8 @@ def test_train_sigterm_saves_and_leaves_with_one_line(tiny, tmp_path):
     assert _state(out)["step"] == len(_log(out)) >= 2
 
 
-def test_train_resume_refuses_other_hyper_parameters_and_new_runs_keep_old_ones(tiny, finished, tmp_path, capsys):
+def test_train_resume_refuses_other_hyper_parameters_and_new_runs_keep_old_ones(
+        tiny, finished, tmp_path, capsys):
     assert _train("--resume", "--out", str(finished), "--gamma", "0.9") == 2
     assert "--gamma was 0.5" in capsys.readouterr().err
     assert _train(*_command(tiny, finished)) == 2
@@ -1215,7 +1269,8 @@ def test_train_nan_stops_before_the_step_and_names_the_files(tiny, tmp_path, cap
     monkeypatch.setattr(train, "training_step", broken)
     assert _train(*_command(tiny, tmp_path / "run", "--save_every", "1")) == 2
     error = capsys.readouterr().err
-    assert "step 2: k is nan" in error and re.search(r"nano/rgb_\d+\.png", error) and re.search(r"photos/rgb_\d+\.png", error)
+    assert ("step 2: k is nan" in error and re.search(r"nano/rgb_\d+\.png", error)
+            and re.search(r"photos/rgb_\d+\.png", error))
     assert _state(tmp_path / "run")["step"] == 1
     assert all(torch.isfinite(v).all() for v in _state(tmp_path / "run")["unet"].values())
 
@@ -1223,9 +1278,11 @@ def test_train_nan_stops_before_the_step_and_names_the_files(tiny, tmp_path, cap
 def test_train_two_processes_take_the_same_first_steps_as_one(tiny, finished, tmp_path):
     """torchrun with gloo, the same global batch; sums in another order, so equal up to rounding."""
     out = tmp_path / "run"
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", str(random.randint(20000, 40000)),
-                           str(HERE / "train.py"), *_command(tiny, out)], capture_output=True, text=True, timeout=240,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+         "--master_port", str(random.randint(20000, 40000)),
+         str(HERE / "train.py"), *_command(tiny, out)],
+        capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert "2 processes" in done.stdout
     for one, two in zip(_log(finished), _log(out)):
@@ -1235,22 +1292,27 @@ def test_train_two_processes_take_the_same_first_steps_as_one(tiny, finished, tm
 
 
 @pytest.mark.parametrize("arguments,sentence", [
-    (["--batch", "5"], "--batch 5 is not a multiple"), (["--gamma", "2"], "--gamma 2.0"), (["--steps", "0"], "--steps 0"),
-    (["--data", "nano=/nowhere"], "/nowhere"), (["--data", "bananas=/tmp"], "bananas"), (["--base", "/nowhere"], "/nowhere"),
+    (["--batch", "5"], "--batch 5 is not a multiple"), (["--gamma", "2"], "--gamma 2.0"),
+    (["--steps", "0"], "--steps 0"), (["--data", "nano=/nowhere"], "/nowhere"),
+    (["--data", "bananas=/tmp"], "bananas"), (["--base", "/nowhere"], "/nowhere"),
     (["--teacher", "/nowhere"], "/nowhere"), (["--device", "abacus"], "--device abacus")])
 def test_train_mistakes_are_one_sentence(tiny, tmp_path, capsys, arguments, sentence, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     command = _command(tiny, tmp_path / "run")
-    command = command[3:] if "--data" in arguments else command  # --data adds up when it is repeated
+    # --data adds up when it is repeated
+    command = command[3:] if "--data" in arguments else command
     assert _train(*command, *arguments) == 2
     error = capsys.readouterr().err
-    assert sentence in error and error.startswith("error: ") and len(error.strip().splitlines()) == 1
+    assert (sentence in error and error.startswith("error: ")
+            and len(error.strip().splitlines()) == 1)
 
 
 def test_train_ablation_without_teacher_needs_no_pictures(tiny, tmp_path):
     out = tmp_path / "run"
-    assert _train("--data", f"nano={tiny / 'clean'}", "--base", str(tiny / "base"), "--out", str(out), "--steps", "1", "--micro", "1",
-                  "--batch", "2", "--no_teacher", "--lambda_k", "0", "--workers", "0", "--val_every", "0", "--device", "cpu", "--target", "depth") == 0
+    assert _train("--data", f"nano={tiny / 'clean'}", "--base", str(tiny / "base"),
+                  "--out", str(out), "--steps", "1", "--micro", "1", "--batch", "2", "--no_teacher",
+                  "--lambda_k", "0", "--workers", "0", "--val_every", "0", "--device", "cpu",
+                  "--target", "depth") == 0
     assert set(_log(out)[0]) == {"step", "loss", "mae_0", "gm_0", "grad_norm", "lr"}
     assert FiffDepth.from_pretrained(out).info["target"] == "depth"
 
@@ -1261,7 +1323,9 @@ def test_train_every_flag_has_help_and_is_read():
     source = (HERE / "train.py").read_text()
     for action in train.flags()._actions:
         if action.dest != "help":
-            assert action.help and re.search(rf"""a\.{action.dest}\b|\["{action.dest}"\]|"{action.dest}\"""", source), action.dest
+            assert action.help and re.search(
+                rf"""a\.{action.dest}\b|\["{action.dest}"\]|"{action.dest}\"""",
+                source), action.dest
 
 
 # ================================================================ infer
@@ -1510,7 +1574,8 @@ def test_infer_flag_ply(tmp_path):
     path = _picture(tmp_path / "a.png", 20, 30)
     assert _run(tmp_path, path, "--ply", "--fov", 70, "--near", 2, "--far", 5) == 0
     points = (tmp_path / "out/a_cloud.ply").read_bytes()
-    assert points == infer.point_cloud(_values(tmp_path, "a"), _blocks(20, 30), "disparity", 70, 2, 5)
+    assert points == infer.point_cloud(_values(tmp_path, "a"), _blocks(20, 30), "disparity",
+                                       70, 2, 5)
     assert b"70 degrees, nearest 2 m, farthest 5 m" in points
     z = _vertices(points, 600)["xyz"][:, 2]
     assert z.min() >= 2 and z.max() <= 5
@@ -1550,14 +1615,14 @@ def test_infer_spares_results_of_earlier_runs(tmp_path):
     before = _values(tmp_path, "a")
     assert _run(tmp_path, second) == 0 and _results(tmp_path) == ["a", "a_png"]
     assert np.array_equal(_values(tmp_path, "a"), before)
-    _picture(first, seed=3)                                         # the same picture, edited: replaced
+    _picture(first, seed=3)  # the same picture, edited: replaced
     assert _run(tmp_path, first) == 0 and _results(tmp_path) == ["a", "a_png"]
     assert not np.array_equal(_values(tmp_path, "a"), before)
 
 
 def test_infer_out_in_the_input_folder(tmp_path):
     _picture(tmp_path / "out/a.png")
-    truth = _picture(tmp_path / "out/b_depth.png", seed=1).read_bytes()         # someone's, not ours
+    truth = _picture(tmp_path / "out/b_depth.png", seed=1).read_bytes()  # someone's, not ours
     _picture(tmp_path / "out/b.png", seed=2)
     assert _run(tmp_path, tmp_path / "out") == 0
     assert (tmp_path / "out/b_depth.png").read_bytes() == truth
@@ -1693,7 +1758,8 @@ def test_evaluate_align_golden_values():
     assert abs_rel(out, depth, mask) == pytest.approx(0.16875) and delta1(out, depth, mask) == 0.75
     out = align(np.array([[1, 0.4, 0.2, 0]]), depth, mask, "disparity")
     np.testing.assert_allclose(out, [[0.990476, 2.166667, 3.586207, 10.4]], atol=1e-5)
-    assert abs_rel(out, depth, mask) == pytest.approx(0.124076, abs=1e-6) and delta1(out, depth, mask) == 0.75
+    assert (abs_rel(out, depth, mask) == pytest.approx(0.124076, abs=1e-6)
+            and delta1(out, depth, mask) == 0.75)
     assert np.isnan(abs_rel(out, depth, ~mask)) and np.isnan(delta1(out, depth, ~mask))
 
 
@@ -1705,8 +1771,10 @@ def test_evaluate_boundary_f1_golden_values():
     square = np.full((20, 20), 4.0)
     square[5:15, 5:15] = 2
     faint = np.where(square == 2, 2.0, 2.24)
-    assert boundary_f1(split, split) == pytest.approx(0.25) and boundary_f1(np.ones((8, 8)), np.ones((8, 8))) == 0
-    assert boundary_f1(square, square) == pytest.approx(1) and boundary_f1(np.roll(square, 1, 1), square) == pytest.approx(0.45)
+    assert (boundary_f1(split, split) == pytest.approx(0.25)
+            and boundary_f1(np.ones((8, 8)), np.ones((8, 8))) == 0)
+    assert (boundary_f1(square, square) == pytest.approx(1)
+            and boundary_f1(np.roll(square, 1, 1), square) == pytest.approx(0.45))
     assert boundary_f1(faint, square) == pytest.approx(0.376812, abs=1e-6)
     hole = square.copy()
     hole[:, :2] = 0
@@ -1719,8 +1787,10 @@ def test_evaluate_boundary_f1_golden_values():
 def test_nano_scenes_are_seeded_and_exact():
     scenes = _scenes()
     a, b, c = (scenes.render(seed, "wild", 48) for seed in (1, 1, 2))
-    assert np.array_equal(a[0], b[0]) and np.array_equal(a[1], b[1]) and not np.array_equal(a[0], c[0])
-    assert a[0].shape == (48, 48, 3) and a[0].dtype == np.uint8 and a[1].dtype == np.float32 and (a[1] < scenes.FAR).all()
+    assert (np.array_equal(a[0], b[0]) and np.array_equal(a[1], b[1])
+            and not np.array_equal(a[0], c[0]))
+    assert (a[0].shape == (48, 48, 3) and a[0].dtype == np.uint8 and a[1].dtype == np.float32
+            and (a[1] < scenes.FAR).all())
     assert scenes.render(3, "clean", (30, 50))[1].shape == (30, 50)
     assert not np.array_equal(scenes.render(1, "clean", 48)[1], a[1])
 
@@ -1735,29 +1805,38 @@ def _scenes():
 def test_nano_ray_hits_by_hand():
     hit, column = _scenes().hit, lambda *v: np.array(v, float)[:, None]
     ahead = column(0, 0, 1)
-    assert hit("box", column(0, 0, -5), ahead)[0] == pytest.approx(4) and hit("ellipsoid", column(0, 0, -5), ahead)[0] == pytest.approx(4)
-    assert hit("cylinder", column(0, 0, -5), ahead)[0] == pytest.approx(4) and hit("room", column(0, 0, 0), ahead)[0] == pytest.approx(1)
+    assert (hit("box", column(0, 0, -5), ahead)[0] == pytest.approx(4)
+            and hit("ellipsoid", column(0, 0, -5), ahead)[0] == pytest.approx(4))
+    assert (hit("cylinder", column(0, 0, -5), ahead)[0] == pytest.approx(4)
+            and hit("room", column(0, 0, 0), ahead)[0] == pytest.approx(1))
     assert hit("cylinder", column(0.5, 4, 0), column(0, -1, 0))[0] == pytest.approx(3)  # the cap
     assert hit("ground", column(0, 2, 0), column(0, -0.5, 1))[0] == pytest.approx(4)
     for kind in ("box", "ellipsoid", "cylinder"):
-        assert np.isinf(hit(kind, column(0, 1.5, -5), ahead)[0]) and np.isinf(hit(kind, column(0, 0, 5), ahead)[0])
+        assert (np.isinf(hit(kind, column(0, 1.5, -5), ahead)[0])
+                and np.isinf(hit(kind, column(0, 0, 5), ahead)[0]))
 
 
 def test_nano_depth_is_planar_and_windows_hide_nothing():
     scenes = _scenes()
     wall = scenes.axis_box("box", (-50, -50, 3), (50, 50, 4), (None,) * 3)
-    ball = scenes.Prim("ellipsoid", np.array([0.4, 0.2, 2.0]), np.eye(3) / 0.3, np.full(3, 0.3), (None,) * 3)
-    scene = scenes.Scene([wall, ball], np.zeros(3), np.eye(3), 1.2, np.ones(3), False, np.ones(3), 0.3, np.ones((2, 3)))
+    ball = scenes.Prim("ellipsoid", np.array([0.4, 0.2, 2.0]), np.eye(3) / 0.3, np.full(3, 0.3),
+                       (None,) * 3)
+    scene = scenes.Scene([wall, ball], np.zeros(3), np.eye(3), 1.2, np.ones(3), False, np.ones(3),
+                         0.3, np.ones((2, 3)))
     rays, focal = scenes.camera_rays(scene, 40, 60)
     depth, which = scenes.trace(scene, rays, focal)
-    assert np.allclose(depth[which == 0], 3, atol=1e-4)  # a wall at 3 m is 3 m everywhere, corners too
-    full = scenes.hit("ellipsoid", (ball.to_unit @ (scene.eye - ball.centre))[:, None], ball.to_unit @ rays.reshape(3, -1)).reshape(40, 60)
+    # a wall at 3 m is 3 m everywhere, corners too
+    assert np.allclose(depth[which == 0], 3, atol=1e-4)
+    full = scenes.hit("ellipsoid", (ball.to_unit @ (scene.eye - ball.centre))[:, None],
+                      ball.to_unit @ rays.reshape(3, -1)).reshape(40, 60)
     assert np.array_equal(np.isfinite(full), which == 1)
 
 
 def test_nano_scenes_writes_an_ordinary_folder(tmp_path):
-    done = subprocess.run([sys.executable, str(HERE / "nano/scenes.py"), str(tmp_path), "--clean", "2", "--wild", "2", "--labelled", "1", "--test", "1",
-                           "--val", "1", "--size", "32"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(HERE / "nano/scenes.py"), str(tmp_path), "--clean", "2", "--wild", "2",
+         "--labelled", "1", "--test", "1", "--val", "1", "--size", "32"],
+        capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     from data import FrameSet
 
@@ -1765,7 +1844,8 @@ def test_nano_scenes_writes_an_ordinary_folder(tmp_path):
     _, depth, valid = frames.read(1)
     expected = _scenes().render([0, 0, 1], "clean", 32)[1]
     np.testing.assert_allclose(np.where(valid, depth, 0), expected, atol=6e-4)
-    assert not list((tmp_path / "wild/train").glob("depth_*")) and len(list((tmp_path / "wild/train").glob("rgb_*"))) == 2
+    assert (not list((tmp_path / "wild/train").glob("depth_*"))
+            and len(list((tmp_path / "wild/train").glob("rgb_*"))) == 2)
 
 
 def test_nano_is_imported_by_nobody():
@@ -1784,3 +1864,37 @@ def test_nano_a_ramp_is_no_answer():
         ramp = np.linspace(0.01, 1, 64)[:, None] * np.ones((1, 64))
         scores.append(delta1(np.clip(align(ramp, depth, depth > 0), 1e-3, 40), depth, depth > 0))
     assert np.mean(scores) < 0.65
+
+
+def test_nano_pretrain_makes_a_base_and_a_teacher_and_resumes(tmp_path):
+    """All stages at a few steps, on a small world of a few frames; train.py starts from the result."""
+    sys.path.insert(0, str(HERE / "nano"))
+    import pretrain
+
+    scenes, world, out = _scenes(), tmp_path / "world", tmp_path / "weights"
+    for style, split, depth in (("clean", "train", 1), ("wild", "labelled", 1), ("wild", "train", 0),
+                                ("wild", "test", 1)):
+        folder = world / style / split
+        folder.mkdir(parents=True)
+        for i in range(2):
+            scenes.write((folder, style, split, i, 128, depth))
+    where = ["--data", world, "--out", out, "--work", tmp_path / "work", "--assets", tmp_path / "assets"]
+    sizes = [word for stage in ("vae", "decoder", "generator", "teacher")
+             for word in (f"--{stage}_batch", "4", f"--{stage}_steps", "2")]
+    arguments = [str(word) for word in [*where, *sizes]]
+    pretrain.main(["vae", "decoder", *arguments])
+    state = torch.load(tmp_path / "work/vae.pt", weights_only=True)
+    assert state["step"] == 2
+    pretrain.main(["vae", *arguments, "--vae_steps", "3"])  # goes on from step 2
+    log = [json.loads(line)["step"] for line in (tmp_path / "work/vae.jsonl").read_text().splitlines()]
+    assert log == [2, 3]
+    pretrain.main(["generator", "teacher", *arguments])
+    model = FiffDepth.from_pretrained(out / "generator")
+    assert model.factor == 4 and Image.open(tmp_path / "assets/samples.png").size == (1024, 512)
+    assert Teacher.from_pretrained(out / "teacher")(torch.zeros(1, 3, 128, 128)).shape == (1, 128, 128)
+    cards = json.loads((out / "card.json").read_text())
+    assert set(cards) == {"vae", "decoder", "generator", "teacher"} and cards["vae"]["steps"] == 3
+    assert _train("--data", f"nano={world / 'clean/train'}", f"photos={world / 'wild/train'}", "--base",
+                  str(out / "generator"), "--teacher", str(out / "teacher"), "--out", str(tmp_path / "run"),
+                  "--steps", "1", "--micro", "1", "--batch", "2", "--cache", str(tmp_path / "cache"),
+                  "--val_frames", "1", "--max_bad", "0.5", "--device", "cpu") == 0

@@ -3,9 +3,10 @@
     python nano/pretrain.py                    # all four stages, about an hour on two cores
     python nano/pretrain.py teacher --teacher_steps 500
 
-Each stage is a function; each writes its state every two minutes to --work and goes on from there when
-it is started again; finished weights go to --out as ordinary folders: generator/ (unet vae scheduler
-empty_prompt) in diffusers' layout, like Stable Diffusion, and teacher/ in transformers' layout.
+Each stage is a function; each writes its state every two minutes to --work and goes on from there
+when it is started again; finished weights go to --out as ordinary folders: generator/ (unet vae
+scheduler empty_prompt) in diffusers' layout, like Stable Diffusion, and teacher/ in transformers'
+layout.
 Not needed to understand the paper.
 """
 import argparse
@@ -32,20 +33,25 @@ from model import SD_SCHEDULE, FiffDepth, Teacher  # noqa: E402
 
 STAGES = ("vae", "decoder", "generator", "teacher")
 # What suits so small a generator; train.py reads it beside the weights, flags of its own win.
-RECIPE = {"steps": 2400, "batch": 32, "micro": 16, "lr": 6e-4, "no_flip": True, "cache": "runs/cache", "save_every": 150, "val_every": 300}
+RECIPE = {"steps": 2400, "batch": 32, "micro": 16, "lr": 6e-4, "no_flip": True,
+          "cache": "runs/cache", "save_every": 150, "val_every": 300}
 
 
-# ---------------------------------------------------------------- data in memory, one loop for all stages
+# ---------------------------------------------------------- data in memory, one loop for all stages
 
 
 def load_frames(folder, depth, count):
-    """A small-world folder -> rgb uint8 [N, 3, H, W], and normalised disparity float16 [N, 1, H, W] or None."""
-    frames = FrameSet("nano" if depth else "photos", folder, size=None if depth else first_size(folder))
+    """A small-world folder -> rgb uint8 [N, 3, H, W], and normalised disparity float16
+    [N, 1, H, W] or None."""
+    frames = FrameSet("nano" if depth else "photos", folder,
+                      size=None if depth else first_size(folder))
     indices = range(min(count, len(frames)))
     with ThreadPoolExecutor() as pool:
-        samples = list(tqdm(pool.map(lambda i: compact(frames.sample(i, False)), indices), total=len(indices),
+        samples = list(tqdm(pool.map(lambda i: compact(frames.sample(i, False)), indices),
+                            total=len(indices),
                             desc=f"reading {folder.parent.name}/{folder.name}"))
-    return torch.stack([s[0] for s in samples]), torch.stack([s[1] for s in samples]) if depth else None
+    return (torch.stack([s[0] for s in samples]),
+            torch.stack([s[1] for s in samples]) if depth else None)
 
 
 def first_size(folder):
@@ -66,7 +72,8 @@ def to_float(rgb):
 
 
 def fit(stage, net, loss_of, batch, steps, lr, work):
-    """Trains net on loss_of(generator, step) with AdamW, a short warm-up and a cosine to zero; resumable."""
+    """Trains net on loss_of(generator, step) with AdamW,
+    a short warm-up and a cosine to zero; resumable."""
     state_file, log = work / f"{stage}.pt", work / f"{stage}.jsonl"
     work.mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
@@ -78,7 +85,8 @@ def fit(stage, net, loss_of, batch, steps, lr, work):
         first, spent = state["step"], state["minutes"]
 
     def save(step):
-        state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "minutes": spent + (time.time() - began) / 60}
+        state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+                 "minutes": spent + (time.time() - began) / 60}
         torch.save(state, f"{state_file}.tmp")
         os.replace(f"{state_file}.tmp", state_file)
         return state["minutes"]
@@ -90,7 +98,8 @@ def fit(stage, net, loss_of, batch, steps, lr, work):
         warm = min(1.0, (step + 1) / 100)
         for group in optimizer.param_groups:
             group["lr"] = lr * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
-        generator = torch.Generator().manual_seed(step)  # every draw depends on the step alone: exact resume
+        # every draw depends on the step alone: exact resume
+        generator = torch.Generator().manual_seed(step)
         with torch.autocast("cpu", torch.bfloat16):
             terms = loss_of(generator, batch)
         optimizer.zero_grad(set_to_none=True)
@@ -100,7 +109,8 @@ def fit(stage, net, loss_of, batch, steps, lr, work):
         recent.append({k: float(v.detach()) for k, v in terms.items()})
         if step % 50 == 49 or step == steps - 1:
             mean = {k: round(float(np.mean([r[k] for r in recent])), 5) for k in recent[0]}
-            line = {"step": step + 1, "minutes": round(spent + (time.time() - began) / 60, 2), **mean}
+            line = {"step": step + 1, "minutes": round(spent + (time.time() - began) / 60, 2),
+                    **mean}
             with open(log, "a") as f:
                 f.write(json.dumps(line) + "\n")
             bar.set_postfix(mean)
@@ -115,21 +125,22 @@ def fit(stage, net, loss_of, batch, steps, lr, work):
 
 
 def new_vae():
-    """AutoencoderKL of Stable Diffusion's class with factor 4 and no attention, so that what it learns on
-    64-pixel crops holds at any size. Narrow where pixels are many, wider below."""
-    return AutoencoderKL(block_out_channels=(16, 48, 80), layers_per_block=1, latent_channels=4, norm_num_groups=16,
-                         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-                         mid_block_add_attention=False)
+    """AutoencoderKL of Stable Diffusion's class with factor 4 and no attention, so that what it
+    learns on 64-pixel crops holds at any size. Narrow where pixels are many, wider below."""
+    return AutoencoderKL(block_out_channels=(16, 48, 80), layers_per_block=1, latent_channels=4,
+                         norm_num_groups=16, down_block_types=("DownEncoderBlock2D",) * 3,
+                         up_block_types=("UpDecoderBlock2D",) * 3, mid_block_add_attention=False)
 
 
 def train_vae(a):
-    """Reconstructs crops of pictures and, as often, of disparity maps (decoded as grey pictures). L1 keeps
-    edges, the gradient term sharpens them, the KL term keeps the latent space smooth."""
+    """Reconstructs crops of pictures and, as often, of disparity maps (decoded as grey pictures).
+    L1 keeps edges, the gradient term sharpens them, the KL term keeps the latent space smooth."""
     pictures, maps = vae_frames(a, a.vae_frames)
     vae = new_vae()
 
     def loss_of(g, batch):
-        rgb, depth = to_float(crops(pictures, batch // 2, g)), crops(maps, batch // 2, g).repeat(1, 3, 1, 1)
+        rgb, depth = (to_float(crops(pictures, batch // 2, g)),
+                      crops(maps, batch // 2, g).repeat(1, 3, 1, 1))
         x = torch.cat([rgb, depth])
         posterior = vae.encode(x).latent_dist
         z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=g)
@@ -149,14 +160,16 @@ def train_vae(a):
 
 
 def train_decoder(a):
-    """The decoder alone, on disparity maps mostly; far pixels weigh more, as they do in AbsRel. Latents stay as
-    they are, so this may come before or after the generator (Stable Diffusion's decoder was tuned alone, too)."""
+    """The decoder alone, on disparity maps mostly; far pixels weigh more, as they do in AbsRel.
+    Latents stay as they are, so this may come before or after the generator (Stable Diffusion's
+    decoder was tuned alone, too)."""
     pictures, maps = vae_frames(a, a.decoder_frames)
     vae = AutoencoderKL.from_pretrained(a.work / "vae", low_cpu_mem_usage=False)
     decoder = torch.nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder})
 
     def loss_of(g, batch):
-        rgb, depth = to_float(crops(pictures, batch // 4, g)), crops(maps, batch - batch // 4, g).repeat(1, 3, 1, 1)
+        rgb, depth = (to_float(crops(pictures, batch // 4, g)),
+                      crops(maps, batch - batch // 4, g).repeat(1, 3, 1, 1))
         x = torch.cat([rgb, depth])
         with torch.no_grad():
             z = vae.encode(x).latent_dist.mean
@@ -164,16 +177,19 @@ def train_decoder(a):
         quarter = len(rgb)
         nearness = (depth + 1) / 2
         relative = ((y[quarter:] - depth).abs() / (nearness + 0.15)).mean()
-        return {"rgb": 0.5 * mae(y[:quarter], rgb), "depth": relative, "edges": gradient_matching(y[quarter:], depth)}
+        return {"rgb": 0.5 * mae(y[:quarter], rgb), "depth": relative,
+                "edges": gradient_matching(y[quarter:], depth)}
 
-    minutes = fit("decoder", decoder, loss_of, a.decoder_batch, a.decoder_steps, a.decoder_lr, a.work)
+    minutes = fit("decoder", decoder, loss_of, a.decoder_batch, a.decoder_steps, a.decoder_lr,
+                  a.work)
     vae.eval().save_pretrained(a.work / "vae")
     card(a, "decoder", minutes, a.decoder_steps, decoder, round_trip(vae, a))
 
 
 def vae_frames(a, count):
     """-> pictures and disparity maps, of the clean and of the labelled wild set."""
-    return tuple(zip(*(load_frames(a.data / folder, True, count) for folder in ("clean/train", "wild/labelled"))))
+    return tuple(zip(*(load_frames(a.data / folder, True, count)
+                       for folder in ("clean/train", "wild/labelled"))))
 
 
 def crops(stores, n, g, side=64):
@@ -187,39 +203,49 @@ def crops(stores, n, g, side=64):
 
 
 def round_trip(vae, a, n=128):
-    """AbsRel and boundary F1 of held-out wild depth maps after encode and decode, without any network between."""
+    """AbsRel and boundary F1 of held-out wild depth maps after encode and decode, without any
+    network between."""
     frames = FrameSet("nano", a.data / "wild/test")
     scores = []
     for i in range(min(n, len(frames))):
         sample, (_, depth, valid) = frames.sample(i, False), frames.read(i)
         with torch.no_grad():
-            out = vae.decode(vae.encode(sample.depth[None]).latent_dist.mean).sample.mean((0, 1)).clamp(-1, 1)
-        aligned = np.clip(align((out.numpy() + 1) / 2 + 1e-6, depth, valid), 1e-3, frames.layout.far)
+            out = (vae.decode(vae.encode(sample.depth[None]).latent_dist.mean)
+                   .sample.mean((0, 1)).clamp(-1, 1))
+        aligned = np.clip(align((out.numpy() + 1) / 2 + 1e-6, depth, valid),
+                          1e-3, frames.layout.far)
         scores.append((abs_rel(aligned, depth, valid), boundary_f1(aligned, depth, valid)))
     means = np.nanmean(scores, 0)
-    return {"abs_rel_percent": round(100 * float(means[0]), 2), "boundary_f1": round(float(means[1]), 3)}
+    return {"abs_rel_percent": round(100 * float(means[0]), 2),
+            "boundary_f1": round(float(means[1]), 3)}
 
 
 # ---------------------------------------------------------------- (b) the generator
 
 
 def new_unet(prompt_width=32):
-    """UNet of Stable Diffusion's class, 4 million parameters: attention only at the coarsest level."""
-    return UNet2DConditionModel(in_channels=4, out_channels=4, block_out_channels=(48, 80, 128), layers_per_block=1,
-                                down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
-                                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"), attention_head_dim=(2, 2, 4),
-                                cross_attention_dim=prompt_width, norm_num_groups=16, use_linear_projection=True)
+    """UNet of Stable Diffusion's class, 4 million parameters:
+    attention only at the coarsest level."""
+    return UNet2DConditionModel(
+        in_channels=4, out_channels=4, block_out_channels=(48, 80, 128), layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 2, 4), cross_attention_dim=prompt_width, norm_num_groups=16,
+        use_linear_projection=True)
 
 
 def new_generator(a):
     vae = AutoencoderKL.from_pretrained(a.work / "vae", low_cpu_mem_usage=False)
-    prompt = torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(0))  # two tokens that mean nothing
+    # two tokens that mean nothing
+    prompt = torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(0))
     info = {"target": "disparity", "size": 128, "base": "nano/pretrain.py", "flags": {}}
-    return FiffDepth(new_unet(), vae, DDPMScheduler(**SD_SCHEDULE, prediction_type="v_prediction"), prompt, info)
+    return FiffDepth(new_unet(), vae,
+                     DDPMScheduler(**SD_SCHEDULE, prediction_type="v_prediction"), prompt, info)
 
 
 def train_generator(a):
-    """v-prediction (Eq. 3 with b_0 = x_0) on the latents of clean and wild pictures, computed once."""
+    """v-prediction (Eq. 3 with b_0 = x_0) on the latents of
+    clean and wild pictures, computed once."""
     torch.manual_seed(0)
     model = new_generator(a)
     latents = latent_store(a, model)
@@ -232,11 +258,13 @@ def train_generator(a):
         v = model.eps_hat(add_noise(x0, eps, a_bar), t)
         return {"v": F.mse_loss(v.float(), velocity(x0, eps, a_bar))}
 
-    minutes = fit("generator", model.unet, loss_of, a.generator_batch, a.generator_steps, a.generator_lr, a.work)
+    minutes = fit("generator", model.unet, loss_of, a.generator_batch, a.generator_steps,
+                  a.generator_lr, a.work)
     model.save_pretrained(a.out / "generator", torch.float16)
     (a.out / "generator/recipe.json").write_text(json.dumps(RECIPE, indent=1) + "\n")
     log = [json.loads(line)["v"] for line in (a.work / "generator.jsonl").read_text().splitlines()]
-    card(a, "generator", minutes, a.generator_steps, model.unet, {"v_loss": round(float(np.mean(log[-5:])), 4)})
+    card(a, "generator", minutes, a.generator_steps, model.unet,
+         {"v_loss": round(float(np.mean(log[-5:])), 4)})
     samples(a, model)
 
 
@@ -260,7 +288,8 @@ def samples(a, model, n=32, steps=50):
     for t in tqdm(sampler.timesteps, desc="sampling"):
         x = sampler.step(model.eps_hat(x, t), t, x).prev_sample
     rgb = model.vae.decode(x / model.vae.config.scaling_factor).sample.clamp(-1, 1)
-    grid = ((rgb + 1) * 127.5).byte().reshape(4, 8, 3, 128, 128).permute(0, 3, 1, 4, 2).reshape(512, 1024, 3)
+    grid = (((rgb + 1) * 127.5).byte().reshape(4, 8, 3, 128, 128)
+            .permute(0, 3, 1, 4, 2).reshape(512, 1024, 3))
     a.assets.mkdir(exist_ok=True, parents=True)
     Image.fromarray(grid.numpy()).save(a.assets / "samples.png")
 
@@ -272,21 +301,28 @@ def new_teacher():
     """Depth Anything's class (DINOv2 + DPT) at 1.6 million parameters, from random weights."""
     from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
 
-    backbone = Dinov2Config(hidden_size=128, num_hidden_layers=6, num_attention_heads=4, mlp_ratio=4, image_size=128, patch_size=8,
-                            out_indices=[1, 2, 4, 6], apply_layernorm=True, reshape_hidden_states=False, layerscale_value=1.0)
-    config = DepthAnythingConfig(backbone_config=backbone, patch_size=8, reassemble_hidden_size=128, neck_hidden_sizes=[32, 48, 64, 64],
-                                 reassemble_factors=[4, 2, 1, 0.5], fusion_hidden_size=32, head_hidden_size=16)
+    backbone = Dinov2Config(
+        hidden_size=128, num_hidden_layers=6, num_attention_heads=4, mlp_ratio=4, image_size=128,
+        patch_size=8, out_indices=[1, 2, 4, 6], apply_layernorm=True, reshape_hidden_states=False,
+        layerscale_value=1.0)
+    config = DepthAnythingConfig(
+        backbone_config=backbone, patch_size=8, reassemble_hidden_size=128,
+        neck_hidden_sizes=[32, 48, 64, 64], reassemble_factors=[4, 2, 1, 0.5],
+        fusion_hidden_size=32, head_hidden_size=16)
     net = DepthAnythingForDepthEstimation(config)
-    torch.nn.init.constant_(net.head.conv3.bias, 0.3)  # the output passes a ReLU: start on its live side
-    preprocessing = {"image_processor_type": "DPTImageProcessor", "do_resize": True, "size": {"height": 128, "width": 128},
-                     "keep_aspect_ratio": True, "ensure_multiple_of": 8, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255,
-                     "do_normalize": True, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    # the output passes a ReLU: start on its live side
+    torch.nn.init.constant_(net.head.conv3.bias, 0.3)
+    preprocessing = {
+        "image_processor_type": "DPTImageProcessor", "do_resize": True,
+        "size": {"height": 128, "width": 128}, "keep_aspect_ratio": True, "ensure_multiple_of": 8,
+        "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+        "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
     return Teacher(net, preprocessing)
 
 
 def train_teacher(a):
-    """Labelled wild frames only; its targets are blurred, so that it is right on the whole and soft at
-    edges, as Depth Anything V2 is beside a diffusion model."""
+    """Labelled wild frames only; its targets are blurred, so that it is right on the whole and soft
+    at edges, as Depth Anything V2 is beside a diffusion model."""
     torch.manual_seed(0)
     rgb, depth = load_frames(a.data / "wild/labelled", True, a.teacher_frames)
     teacher = new_teacher()
@@ -300,9 +336,11 @@ def train_teacher(a):
         out = teacher.net(teacher.preprocess(x)).predicted_depth.float()[:, None]
         return {"mae": mae(out, target), "edges": gradient_matching(out, target)}
 
-    minutes = fit("teacher", teacher.net, loss_of, a.teacher_batch, a.teacher_steps, a.teacher_lr, a.work)
+    minutes = fit("teacher", teacher.net, loss_of, a.teacher_batch, a.teacher_steps, a.teacher_lr,
+                  a.work)
     teacher.net.eval().half().save_pretrained(a.out / "teacher")
-    (a.out / "teacher/preprocessor_config.json").write_text(json.dumps(teacher.config, indent=1) + "\n")
+    (a.out / "teacher/preprocessor_config.json").write_text(
+        json.dumps(teacher.config, indent=1) + "\n")
     card(a, "teacher", minutes, a.teacher_steps, teacher.net, teacher_scores(a))
 
 
@@ -323,18 +361,22 @@ def teacher_scores(a, n=256):
     scores = []
     for i in range(min(n, len(frames))):
         _, depth, valid = frames.read(i)
-        aligned = np.clip(align(teacher(frames.sample(i, False).rgb[None])[0].numpy(), depth, valid), 1e-3, frames.layout.far)
-        scores.append((abs_rel(aligned, depth, valid), delta1(aligned, depth, valid), boundary_f1(aligned, depth, valid)))
+        aligned = np.clip(
+            align(teacher(frames.sample(i, False).rgb[None])[0].numpy(), depth, valid),
+            1e-3, frames.layout.far)
+        scores.append((abs_rel(aligned, depth, valid), delta1(aligned, depth, valid),
+                       boundary_f1(aligned, depth, valid)))
     means = np.nanmean(scores, 0)
     return dict(zip(("abs_rel_percent", "delta1_percent", "boundary_f1"),
                     (round(float(m * k), 3) for m, k in zip(means, (100, 100, 1)))))
 
 
-# ---------------------------------------------------------------- (d) what train.py made, as it is shipped
+# --------------------------------------------------------- (d) what train.py made, as it is shipped
 
 
 def ship(a):
-    """runs/fiffdepth -> nano/weights/fiffdepth in half precision, without the paths of this machine."""
+    """runs/fiffdepth -> nano/weights/fiffdepth in half precision,
+    without the paths of this machine."""
     root = Path(__file__).resolve().parent.parent
     run = root / "runs/fiffdepth"
     model = FiffDepth.from_pretrained(run)
@@ -358,7 +400,8 @@ def card(a, stage, minutes, steps, net, scores, command=None):
     file = a.out / "card.json"
     a.out.mkdir(parents=True, exist_ok=True)
     cards = json.loads(file.read_text()) if file.exists() else {}
-    cards[stage] = {"command": command or f"python nano/pretrain.py {stage}", "steps": steps, "seed": 0, "minutes_two_cores": round(minutes, 1),
+    cards[stage] = {"command": command or f"python nano/pretrain.py {stage}", "steps": steps,
+                    "seed": 0, "minutes_two_cores": round(minutes, 1),
                     "parameters": sum(p.numel() for p in net.parameters()), **scores}
     file.write_text(json.dumps(cards, indent=1) + "\n")
     print(stage, cards[stage])
@@ -366,27 +409,35 @@ def card(a, stage, minutes, steps, net, scores, command=None):
 
 def main(argv=None):
     here = Path(__file__).resolve().parent
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("stages", nargs="*", default=STAGES, help="vae, decoder, generator, teacher; ship puts what train.py made into --out")
+    add("stages", nargs="*", default=STAGES,
+        help="vae, decoder, generator, teacher; ship puts what train.py made into --out")
     add("--data", type=Path, default=here / "data", help="folder that nano/scenes.py wrote")
     add("--out", type=Path, default=here / "weights", help="finished weights")
-    add("--work", type=Path, default=here.parent / "runs/pretrain", help="states to resume from, and logs")
-    add("--assets", type=Path, default=here.parent / "assets", help="where the generator's samples are drawn")
-    for stage, steps, batch, lr, frames in (("vae", 2600, 32, 1e-3, 8000), ("decoder", 1400, 32, 6e-4, 8000),
-                                            ("generator", 1100, 32, 1e-3, 8000), ("teacher", 1800, 64, 1e-3, 8000)):
+    add("--work", type=Path, default=here.parent / "runs/pretrain",
+        help="states to resume from, and logs")
+    add("--assets", type=Path, default=here.parent / "assets",
+        help="where the generator's samples are drawn")
+    for stage, steps, batch, lr, frames in (("vae", 2600, 32, 1e-3, 8000),
+                                            ("decoder", 1400, 32, 6e-4, 8000),
+                                            ("generator", 1100, 32, 1e-3, 8000),
+                                            ("teacher", 1800, 64, 1e-3, 8000)):
         add(f"--{stage}_steps", type=int, default=steps, help="optimiser steps")
         add(f"--{stage}_batch", type=int, default=batch, help="pictures a step")
         add(f"--{stage}_lr", type=float, default=lr, help="peak learning rate")
         add(f"--{stage}_frames", type=int, default=frames, help="frames used of each set")
-    add("--teacher_blur", type=float, default=1.5, help="sigma, in pixels, of the blur of the teacher's targets")
+    add("--teacher_blur", type=float, default=1.5,
+        help="sigma, in pixels, of the blur of the teacher's targets")
     a = parser.parse_args(argv)
     for stage in a.stages:
         if stage not in (*STAGES, "ship"):
             parser.error(f"unknown stage {stage}: choose from {', '.join(STAGES)}, ship")
     try:
         for stage in a.stages:
-            {"vae": train_vae, "decoder": train_decoder, "generator": train_generator, "teacher": train_teacher, "ship": ship}[stage](a)
+            {"vae": train_vae, "decoder": train_decoder, "generator": train_generator,
+             "teacher": train_teacher, "ship": ship}[stage](a)
     except UserError as error:
         sys.exit(f"error: {error}")
 

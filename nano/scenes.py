@@ -1,13 +1,14 @@
 """The small world: ray-cast rooms and yards with exact depth, in numpy.
 
-    python nano/scenes.py                    # nano/data: 24,000 frames of 128x128, minutes, on all cores
+    python nano/scenes.py            # nano/data: 24,000 frames of 128x128, minutes, on all cores
     python nano/scenes.py OUT --clean 500 --wild 500 --labelled 0 --test 64 --size 96
 
 Two styles with a real gap between them, in the roles of the paper's two kinds of data (Sec. 4.1):
 *clean* (the synthetic set: plain materials, neutral light, tidy furniture, exact depth) and *wild*
 (the real set: people, trees and clutter, photographic textures, fog, colour casts, blur and noise).
 Not needed to understand the paper: it writes an ordinary data-set folder, rgb_*.png (8 bit) and
-depth_*.png (16 bit, millimetres of planar depth, 0 = sky or beyond FAR), which data.py reads as "nano".
+depth_*.png (16 bit, millimetres of planar depth, 0 = sky or beyond FAR),
+which data.py reads as "nano".
 """
 import argparse
 import functools
@@ -25,11 +26,13 @@ from tqdm import tqdm
 
 FAR = 40.0  # metres; what lies beyond is written as 0 (invalid), like the sky
 STYLES = ("clean", "wild")
-SPLITS = {"train": 0, "labelled": 1, "test": 2, "val": 3}  # part of the seed: no split ever shares a scene
+# part of the seed: no split ever shares a scene
+SPLITS = {"train": 0, "labelled": 1, "test": 2, "val": 3}
 
 
 class Prim(NamedTuple):
-    """A unit shape: unit = to_unit @ (world − centre) maps it to the cube, ball or tube of radius 1."""
+    """A unit shape: unit = to_unit @ (world − centre) maps it to the
+    cube, ball or tube of radius 1."""
     kind: str  # box, ellipsoid, cylinder, room (a box seen from inside), ground (the plane y = 0)
     centre: np.ndarray  # [3] metres; x right, y up, z ahead
     to_unit: np.ndarray  # [3, 3]
@@ -49,7 +52,8 @@ class Skin(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A piece of an object in the object's own frame (base at y = 0); slot picks one of its skins."""
+    """A piece of an object in the object's own frame (base at y = 0);
+    slot picks one of its skins."""
     kind: str
     centre: tuple
     half: tuple
@@ -87,7 +91,8 @@ def chair(g):
 
 def stool(g):
     h, r = g.uniform(0.4, 0.75), g.uniform(0.15, 0.2)
-    return [Part("cylinder", (0, h, 0), (r, 0.02, r))] + legs(r * 0.8, r * 0.8, h, 0.014, 1, "cylinder")
+    return ([Part("cylinder", (0, h, 0), (r, 0.02, r))]
+            + legs(r * 0.8, r * 0.8, h, 0.014, 1, "cylinder"))
 
 
 def shelf(g):
@@ -97,7 +102,8 @@ def shelf(g):
     for y in np.linspace(0.05, h, n)[:-1]:
         for _ in range(g.integers(1, 4)):
             s = g.uniform(0.04, 0.1)
-            parts.append(Part("box", (g.uniform(-w, w) * 0.8, y + s + 0.012, 0), (s * 0.5, s, d * 0.7), 2))
+            parts.append(Part("box", (g.uniform(-w, w) * 0.8, y + s + 0.012, 0),
+                              (s * 0.5, s, d * 0.7), 2))
     return parts
 
 
@@ -126,7 +132,8 @@ def lamp(g):
 
 def vase(g):
     h, r = g.uniform(0.12, 0.35), g.uniform(0.06, 0.15)
-    return [Part("ellipsoid", (0, h, 0), (r, h, r)), Part("cylinder", (0, 2 * h, 0), (r / 3, h / 3, r / 3), 1)]
+    return [Part("ellipsoid", (0, h, 0), (r, h, r)),
+            Part("cylinder", (0, 2 * h, 0), (r / 3, h / 3, r / 3), 1)]
 
 
 def ball(g):
@@ -136,7 +143,8 @@ def ball(g):
 
 def column(g):
     r, h = g.uniform(0.1, 0.25), g.uniform(1.2, 2.4)
-    return [Part("cylinder", (0, h / 2, 0), (r, h / 2, r)), Part("box", (0, 0.1, 0), (r * 1.3, 0.1, r * 1.3), 1)]
+    return [Part("cylinder", (0, h / 2, 0), (r, h / 2, r)),
+            Part("box", (0, 0.1, 0), (r * 1.3, 0.1, r * 1.3), 1)]
 
 
 def plant(g):
@@ -145,7 +153,8 @@ def plant(g):
     for _ in range(g.integers(8, 16)):
         yaw, tilt, y = g.uniform(0, 6.3), g.uniform(0.3, 1.2), g.uniform(0.3, h)
         at = np.array([math.sin(yaw), 0, math.cos(yaw)]) * g.uniform(0.08, 0.3) + [0, y, 0]
-        parts.append(Part("ellipsoid", at, (0.05, 0.006, g.uniform(0.12, 0.25)), 0, rotation(yaw, tilt)))
+        parts.append(Part("ellipsoid", at, (0.05, 0.006, g.uniform(0.12, 0.25)), 0,
+                          rotation(yaw, tilt)))
     return parts + [Part("cylinder", (0, h / 2, 0), (0.01, h / 2, 0.01), 2)]
 
 
@@ -155,9 +164,11 @@ def person(g):
     parts = [Part("ellipsoid", (0, 1.62 * s, 0), (0.1 * s, 0.13 * s, 0.11 * s), 1),
              Part("ellipsoid", (0, 1.15 * s, 0), (0.21 * s, 0.36 * s, 0.13 * s))]
     for x, turn in ((-0.1, stride), (0.1, -stride)):
-        parts.append(Part("cylinder", (x * s, 0.42 * s, 0), (0.075 * s, 0.44 * s, 0.08 * s), 2, rotation(0, turn)))
+        parts.append(Part("cylinder", (x * s, 0.42 * s, 0), (0.075 * s, 0.44 * s, 0.08 * s), 2,
+                          rotation(0, turn)))
         arm = rotation(0, -turn, math.copysign(g.uniform(0.1, 0.5), x))
-        parts.append(Part("cylinder", (x * 2.5 * s, 1.13 * s, 0), (0.045 * s, 0.3 * s, 0.045 * s), 0, arm))
+        parts.append(Part("cylinder", (x * 2.5 * s, 1.13 * s, 0),
+                          (0.045 * s, 0.3 * s, 0.045 * s), 0, arm))
     return parts
 
 
@@ -186,39 +197,48 @@ def rock(g):
 
 def pole(g):
     h, r = g.uniform(1.5, 4.0), g.uniform(0.02, 0.06)
-    top = [Part("box", (0, h, 0), (0.25, 0.25, 0.015)), Part("cylinder", (0, h, 0), (0.25, 0.1, 0.25)),
-           Part("box", (0.4, h, 0), (0.45, 0.03, 0.03), 1), Part("ellipsoid", (0, h, 0), (0.15, 0.15, 0.15))]
+    top = [Part("box", (0, h, 0), (0.25, 0.25, 0.015)),
+           Part("cylinder", (0, h, 0), (0.25, 0.1, 0.25)),
+           Part("box", (0.4, h, 0), (0.45, 0.03, 0.03), 1),
+           Part("ellipsoid", (0, h, 0), (0.15, 0.15, 0.15))]
     return [Part("cylinder", (0, h / 2, 0), (r, h / 2, r), 1), top[g.integers(4)]]
 
 
 def fence(g):
     w, h, n = g.uniform(1.0, 2.5), g.uniform(0.7, 1.3), int(g.integers(5, 14))
     rails = [Part("box", (0, y, 0), (w, 0.025, 0.015), 1) for y in (h * 0.25, h * 0.85)]
-    return rails + [Part("box", (x, h / 2, 0), (0.025, h / 2, 0.015)) for x in np.linspace(-w, w, n)]
+    return rails + [Part("box", (x, h / 2, 0), (0.025, h / 2, 0.015))
+                    for x in np.linspace(-w, w, n)]
 
 
 def railing(g):
     w, n = g.uniform(0.8, 2.0), int(g.integers(3, 7))
-    rails = [Part("cylinder", (0, y, 0), (0.02, w, 0.02), 0, rotation(0, 0, math.pi / 2)) for y in (0.5, 1.0)]
-    return rails + [Part("cylinder", (x, 0.5, 0), (0.018, 0.5, 0.018), 1) for x in np.linspace(-w, w, n)]
+    rails = [Part("cylinder", (0, y, 0), (0.02, w, 0.02), 0, rotation(0, 0, math.pi / 2))
+             for y in (0.5, 1.0)]
+    return rails + [Part("cylinder", (x, 0.5, 0), (0.018, 0.5, 0.018), 1)
+                    for x in np.linspace(-w, w, n)]
 
 
 def ladder(g):
     w, h, turn = g.uniform(0.16, 0.25), g.uniform(1.2, 2.2), rotation(0, g.uniform(0.1, 0.4))
     sides = [Part("box", turn @ [s * w, h / 2, 0], (0.02, h / 2, 0.02), 0, turn) for s in (-1, 1)]
-    return sides + [Part("box", turn @ [0, y, 0], (w, 0.015, 0.015), 1, turn) for y in np.arange(0.25, h, 0.3)]
+    return sides + [Part("box", turn @ [0, y, 0], (w, 0.015, 0.015), 1, turn)
+                    for y in np.arange(0.25, h, 0.3)]
 
 
 def car(g):
     w, l = g.uniform(0.75, 0.9), g.uniform(1.6, 2.2)
-    wheels = [Part("cylinder", (sx * w, 0.3, sz * l * 0.6), (0.3, 0.1, 0.3), 2, rotation(0, 0, math.pi / 2))
+    wheels = [Part("cylinder", (sx * w, 0.3, sz * l * 0.6), (0.3, 0.1, 0.3), 2,
+                   rotation(0, 0, math.pi / 2))
               for sx in (-1, 1) for sz in (-1, 1)]
-    return [Part("box", (0, 0.6, 0), (w, 0.32, l)), Part("box", (0, 1.1, l * 0.1), (w * 0.9, 0.25, l * 0.5), 1)] + wheels
+    return [Part("box", (0, 0.6, 0), (w, 0.32, l)),
+            Part("box", (0, 1.1, l * 0.1), (w * 0.9, 0.25, l * 0.5), 1)] + wheels
 
 
 def building(g):
     w, h, d = g.uniform(1.5, 5), g.uniform(1.5, 5), g.uniform(1.5, 4)
-    return [Part("box", (0, h, 0), (w, h, d)), Part("box", (0, 2 * h, 0), (w * 1.06, 0.12, d * 1.06), 1)]
+    return [Part("box", (0, h, 0), (w, h, d)),
+            Part("box", (0, 2 * h, 0), (w * 1.06, 0.12, d * 1.06), 1)]
 
 
 def bench(g):
@@ -229,14 +249,15 @@ def bench(g):
 
 
 INDOOR = {"clean": [table, chair, shelf, sofa, crate, cabinet, lamp, vase, column, stool],
-          "wild": [table, chair, chair, shelf, sofa, crate, lamp, stool, plant, plant, person, ladder, ball,
-                   railing, cabinet]}
+          "wild": [table, chair, chair, shelf, sofa, crate, lamp, stool, plant, plant, person,
+                   ladder, ball, railing, cabinet]}
 OUTDOOR = {"clean": [building, pole, fence, car, crate, bench, column, ball],
-           "wild": [tree, tree, bush, rock, person, person, pole, fence, railing, car, bench, ladder, building]}
+           "wild": [tree, tree, bush, rock, person, person, pole, fence, railing, car, bench,
+                    ladder, building]}
 SMALL = {"clean": [vase, crate, ball], "wild": [vase, plant, ball, crate, stool]}
 
 
-# ---------------------------------------------------------------- a scene: where things stand, what they wear
+# ------------------------------------------------------ a scene: where things stand, what they wear
 
 
 @functools.cache
@@ -261,9 +282,11 @@ def skin(g, style, base=None):
     wild = style == "wild"
     names = ["plain", "checker", "stripes", "bricks", "blots", "grain"]
     chance = [0.3, 0.05, 0.15, 0.1, 0.2, 0.2] if wild else [0.6, 0.1, 0.15, 0.1, 0.05, 0.0]
-    hue = base if base is not None else g.uniform(0.05, 0.85) * (1 - g.uniform(0, 0.9 if wild else 0.6) * g.random(3))
+    hue = (base if base is not None
+           else g.uniform(0.05, 0.85) * (1 - g.uniform(0, 0.9 if wild else 0.6) * g.random(3)))
     other = hue * g.uniform(0.35, 1.6) if g.random() < 0.7 else g.uniform(0.05, 0.8, 3)
-    return Skin(str(g.choice(names, p=chance)), np.asarray(hue), np.asarray(other), float(np.exp(g.uniform(0.3, 2.3))),
+    return Skin(str(g.choice(names, p=chance)), np.asarray(hue), np.asarray(other),
+                float(np.exp(g.uniform(0.3, 2.3))),
                 float(g.uniform(0.15, 0.6) if wild else g.uniform(0, 0.2)), int(g.integers(16)),
                 float(g.random() < 0.25) * g.uniform(0.1, 0.5))
 
@@ -304,13 +327,14 @@ def furnish(g, style, prims, kinds, n, x_at, z_range, eye, skins_of):
         x = x_at(z)
         parts = kinds[g.integers(len(kinds))](g)
         scale = g.uniform(0.85, 1.15) if style == "clean" else g.uniform(0.75, 1.3)
-        reach = scale * max(np.abs(np.asarray(p.centre)[[0, 2]]).max() + min(max(p.half[0], p.half[2]), 1.5) * 0.7
-                            for p in parts)
+        reach = scale * max(np.abs(np.asarray(p.centre)[[0, 2]]).max()
+                            + min(max(p.half[0], p.half[2]), 1.5) * 0.7 for p in parts)
         if any(math.hypot(x - u, z - v) < reach + r for u, v, r in taken):
             continue
         taken.append((x, z, reach))
         quarter = g.integers(4) * math.pi / 2
-        yaw = quarter + g.normal(0, 0.1) if style == "clean" or g.random() < 0.3 else g.uniform(0, 6.3)
+        yaw = (quarter + g.normal(0, 0.1) if style == "clean" or g.random() < 0.3
+               else g.uniform(0, 6.3))
         place(prims, parts, np.array([x, 0, z]), yaw, scale, skins_of())
         top = parts[0]
         if top.kind == "box" and top.centre[1] < 0.9 and g.random() < 0.5:
@@ -322,7 +346,8 @@ def furnish(g, style, prims, kinds, n, x_at, z_range, eye, skins_of):
 
 
 def build(seed, style):
-    """A seed (list of ints) -> Scene, and the generator, which goes on to draw the camera's faults."""
+    """A seed (list of ints) -> Scene, and the generator,
+    which goes on to draw the camera's faults."""
     g = np.random.default_rng(seed)
     wild, room = style == "wild", g.random() < 0.6
     prims = []
@@ -339,22 +364,29 @@ def build(seed, style):
         w, deep, h = g.uniform(1.6, 4.5), g.uniform(3.0, 9.5), g.uniform(2.3, 3.6)
         height = min(height, h - 0.4)
         eye = np.array([g.uniform(-0.4, 0.4) * w, height, 0])
-        floor, wall, roof = skin(g, style), skin(g, style), skin(g, style, g.uniform(0.5, 0.9) * np.ones(3))
+        floor, wall, roof = (skin(g, style), skin(g, style),
+                             skin(g, style, g.uniform(0.5, 0.9) * np.ones(3)))
         prims.append(axis_box("room", (-w, 0, -1.5), (w, h, deep), (wall, roof, floor)))
         for _ in range(g.integers(0, 4)):  # pictures, windows, doors: thin boxes on the far wall
-            x, y, s, q = g.uniform(-w, w), g.uniform(0.9, 2), g.uniform(0.2, 0.6), g.uniform(0.2, 0.5)
-            prims.append(axis_box("box", (x - s, y - q, deep - 0.04), (x + s, y + q, deep), (skin(g, style),) * 3))
+            x, y, s, q = (g.uniform(-w, w), g.uniform(0.9, 2), g.uniform(0.2, 0.6),
+                          g.uniform(0.2, 0.5))
+            prims.append(axis_box("box", (x - s, y - q, deep - 0.04), (x + s, y + q, deep),
+                                  (skin(g, style),) * 3))
         yaw = g.normal(0, 0.35 if wild else 0.15)
         light = np.array([g.uniform(-0.8, 0.8) * w, h - 0.2, g.uniform(0, 0.9) * deep])
-        furnish(g, style, prims, INDOOR[style], int(g.integers(5, 13)) if wild else int(g.integers(4, 10)),
-                lambda z: g.uniform(-1, 1) * min(w - 0.3, eye[0] + (z + 0.3) * spread * 1.1 + 0.2), (1.2, deep - 0.4), eye, three)
+        furnish(g, style, prims, INDOOR[style],
+                int(g.integers(5, 13)) if wild else int(g.integers(4, 10)),
+                lambda z: g.uniform(-1, 1) * min(w - 0.3,
+                                                 eye[0] + (z + 0.3) * spread * 1.1 + 0.2),
+                (1.2, deep - 0.4), eye, three)
     else:
         eye, yaw = np.array([0, height, 0.0]), 0.0
         prims.append(Prim("ground", np.zeros(3), np.eye(3), np.ones(3), (skin(g, style),) * 3))
         light = np.array([g.normal(0, 1), g.uniform(0.5, 1.5), g.normal(-0.3, 0.8)])
         back = g.uniform(7, 22)
         x = -back * spread * 1.3
-        while x < back * spread * 1.3 and g.random() < 0.93:  # a street front, a hedge or hills behind
+        # a street front, a hedge or hills behind
+        while x < back * spread * 1.3 and g.random() < 0.93:
             w, h, z = g.uniform(1, 4.5), g.uniform(0.6, 4.5), back * g.uniform(0.8, 1.3)
             if wild and g.random() < 0.6:
                 part = Part("ellipsoid", (0, 0, 0), (w * 1.3, h, g.uniform(1, 4)))
@@ -364,15 +396,18 @@ def build(seed, style):
             x += 2 * w * g.uniform(0.8, 1.2)
         furnish(g, style, prims, OUTDOOR[style], int(g.integers(5, 12)),
                 lambda z: g.uniform(-1.1, 1.1) * z * spread, (2.0, min(back, 14)), eye, three)
-    warm = np.array([1, g.uniform(0.75, 1), g.uniform(0.5, 1.1)]) if wild else np.array([1, 0.97, 0.92])
+    warm = (np.array([1, g.uniform(0.75, 1), g.uniform(0.5, 1.1)]) if wild
+            else np.array([1, 0.97, 0.92]))
     sky = np.array([[0.35, 0.55, 0.95], [0.8, 0.88, 1]])
     if wild:  # from clear blue to dull grey, sometimes an evening
-        sky = sky + (sky.mean(1, keepdims=True) - sky) * g.uniform(0, 1) + g.normal(0, 0.08, (2, 3)) + g.uniform(-0.3, 0.2)
+        sky = (sky + (sky.mean(1, keepdims=True) - sky) * g.uniform(0, 1)
+               + g.normal(0, 0.08, (2, 3)) + g.uniform(-0.3, 0.2))
         sky = np.clip(sky, 0.1, 1.2)
-    return Scene(prims, eye, rotation(yaw, pitch, roll), fov, light, room, warm, g.uniform(0.15, 0.5) if wild else 0.35, sky), g
+    return Scene(prims, eye, rotation(yaw, pitch, roll), fov, light, room, warm,
+                 g.uniform(0.15, 0.5) if wild else 0.35, sky), g
 
 
-# ---------------------------------------------------------------- rays: o [3, 1] or [3, N] and d [3, N] in unit coordinates
+# ---------------------------------------- rays: o [3, 1] or [3, N] and d [3, N] in unit coordinates
 
 
 def hit(kind, o, d):
@@ -423,7 +458,8 @@ def window(prim, scene, focal, height, width):
     if (z < 0.05).any():
         return full if (z > 0.05).any() else (0, 0, 0, 0)
     u, v = x / z * focal + width / 2, height / 2 - y / z * focal
-    return (max(0, int(v.min())), min(height, int(v.max()) + 2), max(0, int(u.min())), min(width, int(u.max()) + 2))
+    return (max(0, int(v.min())), min(height, int(v.max()) + 2),
+            max(0, int(u.min())), min(width, int(u.max()) + 2))
 
 
 def trace(scene, rays, focal):
@@ -446,14 +482,16 @@ def trace(scene, rays, focal):
 
 def lit(scene, points):
     """Shadow rays from points [3, N] to the light -> True where nothing stands between."""
-    d = scene.light[:, None].astype(np.float32) - points if scene.room else scene.light[:, None].astype(np.float32) * 30
+    d = (scene.light[:, None].astype(np.float32) - points if scene.room
+         else scene.light[:, None].astype(np.float32) * 30)
     start = points + 0.004 * d / np.linalg.norm(d, axis=0)
     free = np.ones(points.shape[1], bool)
     for prim in scene.prims:
         if prim.kind in ("room", "ground") or prim.half.max() < 0.03:
             continue
         m = prim.to_unit.astype(np.float32)
-        free &= hit(prim.kind, m @ (start - prim.centre[:, None].astype(np.float32)), m @ np.broadcast_to(d, points.shape)) > 1
+        free &= hit(prim.kind, m @ (start - prim.centre[:, None].astype(np.float32)),
+                    m @ np.broadcast_to(d, points.shape)) > 1
     return free
 
 
@@ -474,10 +512,13 @@ def paint(s, u, v, footprint, style):
         row = np.floor(v * f * 2).astype(np.int32)
         mix = ((v * f * 2 % 1 < 0.12) | ((u * f + row * 0.5) % 1 < 0.06)).astype(np.float32)
     elif s.pattern == "blots":
-        n = grains(style)[s.tile, 0][(v * f * 20).astype(np.int32) & 255, (u * f * 20).astype(np.int32) & 255]
+        n = grains(style)[s.tile, 0][(v * f * 20).astype(np.int32) & 255,
+                                     (u * f * 20).astype(np.int32) & 255]
         mix = (n > 0.4).astype(np.float32)
     elif s.pattern == "grain":
-        mix = np.clip(grains(style)[(s.tile + 5) % 16, 0][(v * f * 15).astype(np.int32) & 255, (u * f * 15).astype(np.int32) & 255] * 0.4 + 0.5, 0, 1)
+        mix = np.clip(grains(style)[(s.tile + 5) % 16, 0][(v * f * 15).astype(np.int32) & 255,
+                                                          (u * f * 15).astype(np.int32) & 255]
+                      * 0.4 + 0.5, 0, 1)
     else:
         mix = np.zeros_like(u)
     mix = 0.3 + (mix - 0.3) * sharp if s.pattern != "plain" else mix
@@ -487,12 +528,14 @@ def paint(s, u, v, footprint, style):
 
 
 def shade(scene, rays, depth, which, sun, pixel, style):
-    """Linear rgb [3, H, W]: skins, one light with shadows, ambient light that weakens towards corners."""
+    """Linear rgb [3, H, W]: skins, one light with shadows, ambient light
+    that weakens towards corners."""
     rgb = np.zeros(rays.shape, np.float32)
     up = np.clip(rays[1] * 2 + 0.1, 0, 1)
     rows, columns = (np.arange(n) * 256 // n for n in rays.shape[1:])
     cloud = grains(style)[3, 0][np.ix_(rows, columns)] if style == "wild" else 0
-    rgb[:] = scene.sky[1][:, None, None] + (scene.sky[0] - scene.sky[1])[:, None, None] * np.clip(up + 0.15 * cloud, 0, 1)
+    rgb[:] = (scene.sky[1][:, None, None] + (scene.sky[0] - scene.sky[1])[:, None, None]
+              * np.clip(up + 0.15 * cloud, 0, 1))
     for k in np.unique(which[which >= 0]):
         prim, sel = scene.prims[k], which == k
         t, d = depth[sel], rays[:, sel]
@@ -507,24 +550,28 @@ def shade(scene, rays, depth, which, sun, pixel, style):
             part = face == j
             if part.any():
                 colour[:, part] = paint(s, u[part], v[part], t[part] * pixel, style)
-        to_light = scene.light[:, None] - world if scene.room else np.broadcast_to(scene.light[:, None], world.shape)
+        to_light = (scene.light[:, None] - world if scene.room
+                    else np.broadcast_to(scene.light[:, None], world.shape))
         length = np.linalg.norm(to_light, axis=0)
         cosine = (normal * to_light).sum(0) / length
         power = 6 / (2 + length**2) if scene.room else 1.2
-        ground = 0.55 + 0.45 * np.clip(world[1] / 0.4, 0, 1) if prim.kind not in ("room", "ground") else 1
+        ground = (0.55 + 0.45 * np.clip(world[1] / 0.4, 0, 1)
+                  if prim.kind not in ("room", "ground") else 1)
         ambient = scene.ambient * (0.7 + 0.3 * normal[1]) * ground
         if prim.kind == "room":  # corners receive less light
             near = np.sort(prim.half[:, None] * (1 - np.abs(q)), axis=0)[1]
             ambient = ambient * (0.45 + 0.55 * np.clip(near / 0.6, 0, 1))
         direct = np.maximum(cosine, 0) * power * sun[sel]
         back = to_light / length - d / np.linalg.norm(d, axis=0)
-        shine = prim.skins[0].gloss * np.maximum((normal * back).sum(0) / np.linalg.norm(back, axis=0), 0) ** 30
+        shine = (prim.skins[0].gloss
+                 * np.maximum((normal * back).sum(0) / np.linalg.norm(back, axis=0), 0) ** 30)
         rgb[:, sel] = (colour * (ambient + direct) + shine * power * sun[sel]) * scene.glow[:, None]
     return rgb
 
 
 def surface(prim, q):
-    """At the unit point q [3, N]: world normal [3, N], its main axis, and which skin (side, top, bottom)."""
+    """At the unit point q [3, N]: world normal [3, N], its main axis,
+    and which skin (side, top, bottom)."""
     n = np.zeros_like(q)
     if prim.kind in ("box", "room"):
         axis = np.abs(q).argmax(0)
@@ -536,7 +583,8 @@ def surface(prim, q):
         n = q
     else:
         cap = np.abs(q[1]) > 0.999
-        n[0], n[1], n[2] = np.where(cap, 0, q[0]), np.where(cap, np.sign(q[1]), 0), np.where(cap, 0, q[2])
+        n[0], n[1], n[2] = (np.where(cap, 0, q[0]), np.where(cap, np.sign(q[1]), 0),
+                            np.where(cap, 0, q[2]))
     axis = np.abs(n).argmax(0)
     face = np.where(axis == 1, np.where(q[1] > 0, 1, 2), 0)
     world = prim.to_unit.T @ n
@@ -564,16 +612,19 @@ def develop(rgb, depth, style, g):
 
 def render(seed, style="clean", size=128):
     """A seed (int or list of ints), "clean" or "wild", size or (H, W)
-    -> rgb uint8 [H, W, 3], depth float32 [H, W] in metres along the optical axis (0: sky or beyond FAR)."""
+    -> rgb uint8 [H, W, 3], depth float32 [H, W] in metres along the optical axis
+    (0: sky or beyond FAR)."""
     height, width = (size, size) if isinstance(size, int) else size
     for attempt in range(20):  # a lens pressed against a wall teaches nothing: draw again
         scene, g = build([*np.atleast_1d(seed), attempt], style)
         rays, focal = camera_rays(scene, height, width)  # depth, and shadows, at the pixel centres
         depth, which = trace(scene, rays, focal)
         seen = np.bincount(which.reshape(-1) + 1)
-        if (seen > 0).sum() >= 5 and seen.max() < 0.75 * seen.sum() and np.quantile(depth, 0.1) > 0.4:
+        if ((seen > 0).sum() >= 5 and seen.max() < 0.75 * seen.sum()
+                and np.quantile(depth, 0.1) > 0.4):
             break
-    points = scene.eye[:, None].astype(np.float32) + np.minimum(depth, 1e3).reshape(-1) * rays.reshape(3, -1)
+    points = (scene.eye[:, None].astype(np.float32)
+              + np.minimum(depth, 1e3).reshape(-1) * rays.reshape(3, -1))
     sun = lit(scene, points).reshape(height, width)
     fine, focal2 = camera_rays(scene, 2 * height, 2 * width)  # colour from four rays a pixel
     depth2, which2 = trace(scene, fine, focal2)
@@ -599,26 +650,38 @@ def write(job):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("out", nargs="?", type=Path, default=Path(__file__).parent / "data", help="folder to write; existing frames are kept")
-    parser.add_argument("--clean", type=int, default=8000, help="frames of clean/train (image and depth): the synthetic set")
-    parser.add_argument("--wild", type=int, default=8000, help="frames of wild/train (images only): the real set")
-    parser.add_argument("--labelled", type=int, default=8000, help="frames of wild/labelled (image and depth): only the teacher sees them")
-    parser.add_argument("--test", type=int, default=256, help="frames each of clean/test and wild/test (image and depth)")
-    parser.add_argument("--val", type=int, default=64, help="frames of wild/val (image and depth): watched while training")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("out", nargs="?", type=Path, default=Path(__file__).parent / "data",
+                        help="folder to write; existing frames are kept")
+    parser.add_argument("--clean", type=int, default=8000,
+                        help="frames of clean/train (image and depth): the synthetic set")
+    parser.add_argument("--wild", type=int, default=8000,
+                        help="frames of wild/train (images only): the real set")
+    parser.add_argument("--labelled", type=int, default=8000,
+                        help="frames of wild/labelled (image and depth): "
+                             "only the teacher sees them")
+    parser.add_argument("--test", type=int, default=256,
+                        help="frames each of clean/test and wild/test (image and depth)")
+    parser.add_argument("--val", type=int, default=64,
+                        help="frames of wild/val (image and depth): watched while training")
     parser.add_argument("--size", type=int, default=128, help="pixels a side")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     a = parser.parse_args(argv)
     jobs = []
-    for style, split, count, with_depth in (("clean", "test", a.test, 1), ("wild", "test", a.test, 1), ("wild", "val", a.val, 1), ("clean", "train", a.clean, 1),
-                                            ("wild", "labelled", a.labelled, 1), ("wild", "train", a.wild, 0)):
+    for style, split, count, with_depth in (
+            ("clean", "test", a.test, 1), ("wild", "test", a.test, 1), ("wild", "val", a.val, 1),
+            ("clean", "train", a.clean, 1), ("wild", "labelled", a.labelled, 1),
+            ("wild", "train", a.wild, 0)):
         folder = a.out / style / split
         folder.mkdir(parents=True, exist_ok=True)
-        jobs += [(folder, style, split, i, a.size, with_depth) for i in range(count) if not (folder / f"rgb_{i:05d}.png").exists()]
+        jobs += [(folder, style, split, i, a.size, with_depth) for i in range(count)
+                 if not (folder / f"rgb_{i:05d}.png").exists()]
     with get_context("spawn").Pool(a.workers) as pool:
         for _ in tqdm(pool.imap_unordered(write, jobs, chunksize=8), total=len(jobs), unit="frame"):
             pass
-    print(f"{a.out}: clean/train {a.clean}, wild/train {a.wild}, wild/labelled {a.labelled}, test {a.test} each")
+    print(f"{a.out}: clean/train {a.clean}, wild/train {a.wild}, wild/labelled {a.labelled}, "
+          f"test {a.test} each")
 
 
 if __name__ == "__main__":
