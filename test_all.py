@@ -1867,18 +1867,19 @@ def test_nano_a_ramp_is_no_answer():
 
 
 def test_nano_pretrain_makes_a_base_and_a_teacher_and_resumes(tmp_path):
-    """All stages at a few steps, on a small world of a few frames; train.py starts from the result."""
+    """All stages at a few steps on a few frames; train.py starts from the result."""
     sys.path.insert(0, str(HERE / "nano"))
     import pretrain
 
     scenes, world, out = _scenes(), tmp_path / "world", tmp_path / "weights"
-    for style, split, depth in (("clean", "train", 1), ("wild", "labelled", 1), ("wild", "train", 0),
-                                ("wild", "test", 1)):
+    for style, split, depth in (("clean", "train", 1), ("wild", "labelled", 1),
+                                ("wild", "train", 0), ("wild", "test", 1)):
         folder = world / style / split
         folder.mkdir(parents=True)
         for i in range(2):
             scenes.write((folder, style, split, i, 128, depth))
-    where = ["--data", world, "--out", out, "--work", tmp_path / "work", "--assets", tmp_path / "assets"]
+    where = ["--data", world, "--out", out, "--work", tmp_path / "work",
+             "--assets", tmp_path / "assets"]
     sizes = [word for stage in ("vae", "decoder", "generator", "teacher")
              for word in (f"--{stage}_batch", "4", f"--{stage}_steps", "2")]
     arguments = [str(word) for word in [*where, *sizes]]
@@ -1886,15 +1887,17 @@ def test_nano_pretrain_makes_a_base_and_a_teacher_and_resumes(tmp_path):
     state = torch.load(tmp_path / "work/vae.pt", weights_only=True)
     assert state["step"] == 2
     pretrain.main(["vae", *arguments, "--vae_steps", "3"])  # goes on from step 2
-    log = [json.loads(line)["step"] for line in (tmp_path / "work/vae.jsonl").read_text().splitlines()]
-    assert log == [2, 3]
+    log = (tmp_path / "work/vae.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == [2, 3]
     pretrain.main(["generator", "teacher", *arguments])
     model = FiffDepth.from_pretrained(out / "generator")
     assert model.factor == 4 and Image.open(tmp_path / "assets/samples.png").size == (1024, 512)
-    assert Teacher.from_pretrained(out / "teacher")(torch.zeros(1, 3, 128, 128)).shape == (1, 128, 128)
+    teacher = Teacher.from_pretrained(out / "teacher")
+    assert teacher(torch.zeros(1, 3, 128, 128)).shape == (1, 128, 128)
     cards = json.loads((out / "card.json").read_text())
     assert set(cards) == {"vae", "decoder", "generator", "teacher"} and cards["vae"]["steps"] == 3
-    assert _train("--data", f"nano={world / 'clean/train'}", f"photos={world / 'wild/train'}", "--base",
-                  str(out / "generator"), "--teacher", str(out / "teacher"), "--out", str(tmp_path / "run"),
-                  "--steps", "1", "--micro", "1", "--batch", "2", "--cache", str(tmp_path / "cache"),
-                  "--val_frames", "1", "--max_bad", "0.5", "--device", "cpu") == 0
+    assert _train("--data", f"nano={world / 'clean/train'}", f"photos={world / 'wild/train'}",
+                  "--base", str(out / "generator"), "--teacher", str(out / "teacher"),
+                  "--out", str(tmp_path / "run"), "--cache", str(tmp_path / "cache"),
+                  "--steps", "1", "--micro", "1", "--batch", "2", "--val_frames", "1",
+                  "--max_bad", "0.5", "--device", "cpu") == 0
