@@ -1881,7 +1881,7 @@ def test_nano_pretrain_makes_a_base_and_a_teacher_and_resumes(tmp_path):
     where = ["--data", world, "--out", out, "--work", tmp_path / "work",
              "--assets", tmp_path / "assets"]
     sizes = [word for stage in ("vae", "decoder", "generator", "teacher")
-             for word in (f"--{stage}_batch", "4", f"--{stage}_steps", "2")]
+             for word in (f"--{stage}_batch", "8", f"--{stage}_steps", "2")]
     arguments = [str(word) for word in [*where, *sizes]]
     pretrain.main(["vae", "decoder", *arguments])
     state = torch.load(tmp_path / "work/vae.pt", weights_only=True)
