@@ -1866,11 +1866,13 @@ def test_nano_a_ramp_is_no_answer():
     assert np.mean(scores) < 0.65
 
 
-def test_nano_pretrain_makes_a_base_and_a_teacher_and_resumes(tmp_path):
+def test_nano_pretrain_makes_a_base_and_a_teacher_and_resumes(tmp_path, monkeypatch):
     """All stages at a few steps on a few frames; train.py starts from the result."""
     sys.path.insert(0, str(HERE / "nano"))
     import pretrain
 
+    draw = pretrain.samples
+    monkeypatch.setattr(pretrain, "samples", lambda a, model: draw(a, model, steps=2))
     scenes, world, out = _scenes(), tmp_path / "world", tmp_path / "weights"
     for style, split, depth in (("clean", "train", 1), ("wild", "labelled", 1),
                                 ("wild", "train", 0), ("wild", "test", 1)):
