@@ -161,7 +161,7 @@ class FiffDepth(nn.Module):
         JSON last.
         dtype: store the weights at another precision, e.g. torch.float16."""
         path = Path(path)
-        temporary = path.with_name(f".{path.name}.saving")
+        temporary = path / ".saving"  # inside: on the same file system, whatever path is
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         for name, net in (("vae", self.vae), ("unet", self.unet)):
@@ -184,8 +184,8 @@ class Teacher(nn.Module):
     """The source of pseudo-labels (Sec. 3.3): rgb -> relative disparity, larger is nearer, no
     gradient.
 
-    Any network that transformers' AutoModelForDepthEstimation loads. Its preprocessing is a resize
-    and a normalisation, done here on tensors with the numbers of the folder's own
+    A relative-depth network that transformers' AutoModelForDepthEstimation loads. Its preprocessing
+    is a resize and a normalisation, done here on tensors with the numbers of the folder's own
     preprocessor_config.json.
     """
 
@@ -207,7 +207,13 @@ class Teacher(nn.Module):
         if file is None:
             raise UserError(f"{path}: no preprocessor_config.json; --teacher wants a depth model "
                             "saved with its image processor")
-        return cls(net, json.loads(Path(file).read_text()))
+        config = json.loads(Path(file).read_text())
+        if getattr(net.config, "depth_estimation_type", "relative") != "relative":
+            raise UserError(f"{path}: predicts metric depth; --teacher wants relative disparity")
+        size = config.get("size")
+        if not isinstance(size, dict) or not {"height", "width"} <= set(size):
+            raise UserError(f"{path}: its preprocessor_config.json has no size by height and width")
+        return cls(net, config)
 
     def resized(self, height, width):
         """The size the network sees: near config["size"], aspect kept by the smaller change of
@@ -246,13 +252,15 @@ def local_file(path, name):
     None where there is none."""
     if Path(path).is_dir():
         return Path(path) / name if (Path(path) / name).exists() else None
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import (EntryNotFoundError, HfHubHTTPError, HFValidationError,
                                         LocalEntryNotFoundError)
 
     try:
         return hf_hub_download(str(path), name)
-    except LocalEntryNotFoundError:  # no network, and not in the cache: say so, do not guess
+    except LocalEntryNotFoundError:  # no network, and not in the cache
+        if try_to_load_from_cache(str(path), name) is _CACHED_NO_EXIST:
+            return None  # known from an earlier run with a network
         raise UserError(
             f"{path}: no such folder, and the hub cannot be reached for {name}") from None
     except EntryNotFoundError:

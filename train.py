@@ -10,6 +10,7 @@ Read training_step first: it is Section 3 on one page. Every random draw is a fu
 and the number of the micro-batch, so a run's state is its weights, its optimiser and one integer.
 """
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -26,20 +27,22 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import (BadFrames, FrameSet, MixedBatches, Sample, UserError, normalize_teacher,
+from data import (BadFrame, BadFrames, FrameSet, MixedBatches, Sample, UserError, normalize_teacher,
                   parse_sources)
-from evaluate import abs_rel, align, delta1
+from evaluate import score
+from infer import choose_device
 from losses import add_noise, blend, gradient_matching, mae, trajectory_loss
 from model import FiffDepth, Teacher
 
 HERE = Path(__file__).resolve().parent
 WEIGHTS = {"hypersim": 9, "vkitti": 1}  # shares of the synthetic half (Marigold); other sets 1
-FREE_ON_RESUME = {"resume", "out", "workers", "device", "save_every", "val_every"}  # bits stay
+FREE_ON_RESUME = {"resume", "out", "workers", "device", "save_every", "val_every", "max_bad"}
 
 
 # ---------------------------------------------------------------- flags
@@ -111,7 +114,8 @@ def read_flags(argv):
     usual = {k.dest: k.usual for k in parser._actions if k.dest != "help"}
     a = usual | given
     if a["resume"]:
-        return argparse.Namespace(**(usual | stored_flags(a["out"], given) | given)), []
+        stored = stored_flags(a["out"], given)
+        return check_flags(argparse.Namespace(**(usual | stored | given))), []
     file = Path(a["base"]) / "recipe.json"  # what suits a small generator, e.g. its learning rate
     recipe = json.loads(file.read_text()) if file.exists() else {}
     recipe = {k: v for k, v in recipe.items() if k not in given}
@@ -135,7 +139,8 @@ def stored_flags(out, given):
 
 def check_flags(a):
     lowest = {"steps": 1, "micro": 1, "batch": 1, "save_every": 1, "val_frames": 1, "val_every": 0,
-              "warmup": 0, "workers": 0, "lr": 0, "lambda_k": 0, "lambda_mae": 0, "lambda_gm": 0}
+              "warmup": 0, "workers": 0, "seed": 0, "lr": 0, "lr_end": 0, "weight_decay": 0,
+              "max_bad": 0, "clip": 1e-9, "lambda_k": 0, "lambda_mae": 0, "lambda_gm": 0}
     for name, low in lowest.items():
         if not getattr(a, name) >= low:
             raise UserError(f"--{name} {getattr(a, name)}: must be at least {low}")
@@ -226,7 +231,8 @@ class LatentSet:
         self.frames, self.name, self.path, self.of = frames.frames, frames.name, frames.path, frames
         self.model, self.teacher, self.target, self.device = model, teacher, target, device
         made_by = [frames.name, str(frames.path.resolve()), frames.size, target,
-                   fingerprint(model.vae), fingerprint(teacher)]
+                   fingerprint(model.vae, leave_out=("decoder.", "post_quant_conv.")),
+                   fingerprint(teacher)]
         self.folder = Path(folder) / hashlib.sha1(json.dumps(made_by).encode()).hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -234,14 +240,21 @@ class LatentSet:
         return len(self.frames)
 
     def sample(self, i, flip):
-        name = f"{self.frames[i].rgb}{'|flip' if flip else ''}"
-        file = self.folder / f"{hashlib.sha1(name.encode()).hexdigest()}.safetensors"
-        if not file.exists():
-            save_file(self.encode(i, flip), f"{file}.{os.getpid()}")
+        file = self.folder / f"{self.key(i, flip)}.safetensors"
+        try:
+            kept = load_file(file)
+        except (FileNotFoundError, SafetensorError):  # not there yet, or cut short by a power loss
+            kept = self.encode(i, flip)
+            save_file(kept, f"{file}.{os.getpid()}")
             os.replace(f"{file}.{os.getpid()}", file)
-        kept = load_file(file)
         name = f"{self.name}/{self.frames[i].rgb}"
         return Sample(kept["x0"], kept["label"], kept.get("mask"), name)
+
+    def key(self, i, flip):
+        """Of a frame's files, their sizes and times, so that changed files are encoded again."""
+        files = [self.path / name for name in self.frames[i] if name] if self.path.is_dir() else []
+        stats = [(f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
+        return hashlib.sha1(repr((self.frames[i], flip, stats)).encode()).hexdigest()
 
     def encode(self, i, flip):
         s = self.of.sample(i, flip)
@@ -256,11 +269,12 @@ class LatentSet:
         return {k: v.cpu().contiguous() for k, v in kept.items()}
 
 
-def fingerprint(net):
+def fingerprint(net, leave_out=()):
     """Tells one network's weights from another's: a stale cache must never be read."""
     digest = hashlib.sha1()
-    for value in net.state_dict().values() if net is not None else ():
-        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for name, value in net.state_dict().items() if net is not None else ():
+        if not name.startswith(leave_out or "\0"):
+            digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -281,10 +295,14 @@ def open_sets(a):
                         "train without pseudo-labels")
     real = None if a.no_teacher else FrameSet("photos", *sources["photos"], size=synthetic[0].size)
     if a.val:
-        return synthetic, real, [FrameSet(name, *source, space=a.target, cap=a.val_frames)
-                                 for name, source in parse_sources(a.val).items()]
+        held_out = [FrameSet(name, *source, space=a.target, cap=a.val_frames)
+                    for name, source in parse_sources(a.val).items()]
+        for frames in held_out:
+            if frames.layout.depth is None:
+                raise UserError(f"--val {frames.name}={frames.path}: has no depth to compare with")
+        return synthetic, real, held_out
     first = synthetic[0]
-    held_out = FrameSet(first.name, *sources[first.name], space=a.target)
+    held_out = copy.copy(first)
     n = min(a.val_frames, max(1, len(first) // 20))
     held_out.frames, first.frames = first.frames[-n:], first.frames[:-n] or first.frames
     return synthetic, real, [held_out]
@@ -300,32 +318,42 @@ def batches(a, model, teacher, synthetic, real, device):
 
 
 def leave_signals_alone(_):
-    """In a reading process: Ctrl-C is the parent's business, and its terminate() must work."""
+    """In a reading process: signals may go to the whole group, but stopping is the parent's
+    business; readers leave when it closes their queue."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 # ---------------------------------------------------------------- checkpoints, log, validation
 
 
-def save_checkpoint(out, model, optimizer, step, bad):
+def save_checkpoint(r, step):
     """training.pt, all that resuming needs, in one rename; then the folder that infer.py reads."""
-    state = {"step": step, "unet": model.unet.state_dict(), "optimizer": optimizer.state_dict(),
-             "bad": bad.state()}
-    with open(out / "training.pt.tmp", "wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(out / "training.pt.tmp", out / "training.pt")
-    model.info["steps"] = step
-    model.save_pretrained(out)
+    out = Path(r.a.out)
+    state = {"step": step, "unet": r.model.unet.state_dict(), "optimizer": r.optimizer.state_dict(),
+             "bad": r.bad.state(), "frames": r.frames}
+    r.model.info["steps"] = step
+    try:
+        with open(out / "training.pt.tmp", "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(out / "training.pt.tmp", out / "training.pt")
+        r.model.save_pretrained(out)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"--out {out}: the checkpoint cannot be written "
+                        f"({str(error).splitlines()[0]}); is the disk full?") from None
 
 
-def load_checkpoint(out, model, optimizer):
+def load_checkpoint(out, model, optimizer, frames):
     """-> step and bad frames. A run killed before its first checkpoint starts again at step 0."""
     if not (out / "training.pt").exists():
         return 0, []
-    state = torch.load(out / "training.pt", map_location="cpu", weights_only=True, mmap=True)
+    state = torch.load(out / "training.pt", map_location="cpu", weights_only=True)
+    if state["frames"] != frames:
+        raise UserError(f"--resume: the sets of {out} had {state['frames']} frames and have "
+                        f"{frames} now, so that the order would change; restore them, or start a "
+                        "new --out")
     model.unet.load_state_dict(state["unet"])
     optimizer.load_state_dict(state["optimizer"])
     return state["step"], state["bad"]
@@ -352,22 +380,27 @@ def validate(model, teacher, held_out, device, preview, rows=4):
     space, scores, pictures = model.info["target"], [], []
     for frames in held_out:
         for i in range(len(frames)):
-            sample, (_, depth, valid) = frames.sample(i, False), frames.read(i)
+            try:
+                sample, (_, depth, valid) = frames.sample(i, False), frames.read(i)
+            except BadFrame as error:
+                tqdm.write(f"held out, skipped {frames.frames[i].rgb}: {error}", file=sys.stderr)
+                continue
             rgb = sample.rgb[None].to(device)
             d0 = model.predict(model.encode(rgb))
             shown = show(model, d0, rgb)  # [1, 1, H, W] in [-1, 1]
             pred = F.interpolate((shown + 1) / 2, depth.shape, mode="bilinear", antialias=True)
-            aligned = align(pred[0, 0].float().cpu().numpy(), depth, valid, space)
-            aligned = np.clip(aligned, frames.layout.near, frames.layout.far)
-            scores.append((abs_rel(aligned, depth, valid), delta1(aligned, depth, valid)))
+            pred = pred[0, 0].float().cpu().numpy()
+            scores.append(score(pred, depth, valid, space, frames.layout)[:2])
             if len(pictures) < rows:
                 maps = [shown, show(model, model.filter(d0), rgb)]
                 if teacher is not None:
                     maps.append(normalize_teacher(teacher(rgb)[0], space)[None, :1])
                 maps = [m[0].float().cpu().expand(3, -1, -1) for m in maps]
                 pictures.append(torch.cat([sample.rgb, *maps, sample.depth], 2))
-    save_sheet(pictures, preview)
     model.unet.train()
+    if not scores:
+        return {"val_frames": 0}
+    save_sheet(pictures, preview)
     error, share = np.nanmean(scores, 0).round(5).tolist()
     return {"val_abs_rel": error, "val_delta1": share, "val_frames": len(scores)}
 
@@ -414,20 +447,12 @@ class Team(NamedTuple):
         return (tensor / self.size).tolist()
 
 
-def pick_device(name, local_rank=0):
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
-    kind = next(k for k in found if found[k]) if name == "auto" else name.partition(":")[0]
-    if not found.get(kind):
-        raise UserError(f"--device {name}: not to be had here; there is "
-                        + ", ".join(k for k in found if found[k]))
-    return torch.device(f"cuda:{local_rank}" if name in ("auto", "cuda") and kind == "cuda" else
-                        kind if name == "auto" else name)
-
-
 def start_team(device_name):
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
+    name = choose_device(device_name)
+    if name == "cuda":  # each process its own
+        name = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    device = torch.device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -461,8 +486,8 @@ class Run(NamedTuple):
     step_module: nn.Module
     optimizer: torch.optim.Optimizer
     accumulate: int  # micro-batches a step and process
-    bad: BadFrames
-    total: int  # frames of all sets
+    bad: BadFrames  # of this process
+    frames: dict  # set -> number of frames, the missing ones too
     stop: list  # signals received
 
 
@@ -471,7 +496,7 @@ def micro_batch(r, loader, m):
     batch = next(loader)
     for line in r.bad.add(batch.bad):
         tqdm.write(f"skipped {line}", file=sys.stderr)
-    r.bad.check(r.total, r.a.max_bad)
+    r.bad.check(sum(r.frames.values()), r.a.max_bad)
     names = batch.names
     batch = type(batch)(*(v.to(r.device, non_blocking=True) if torch.is_tensor(v) else v
                           for v in batch))
@@ -534,14 +559,20 @@ def train(r, loader, held_out, first):
         began = time.time()
         r.optimizer.param_groups[0]["lr"] = lr_at(step, a)
         r.optimizer.zero_grad(set_to_none=True)
-        terms = gradients(r, loader, step)
+        try:
+            terms = gradients(r, loader, step)
+        except UserError:  # this step was not taken, but those before it are good
+            if main_process and saved != done:
+                save_checkpoint(r, done)
+            raise
         if terms is None:
             break  # the step under way is dropped, and repeated on resume
         r.optimizer.step()
         done = step + 1
         if not main_process:
             continue
-        loss, rate = sum(terms.values()) - terms["grad_norm"], a.batch / (time.time() - began)
+        loss = sum(value for name, value in terms.items() if name != "grad_norm")
+        rate = a.batch / (2 if a.no_teacher else 1) / (time.time() - began)
         write_log(log, {"step": done, "loss": loss, **terms, "lr": lr_at(step, a),
                         "pictures_per_second": round(rate, 2)})
         shown = " ".join(f"{k} {v:.3f}" for k, v in terms.items())
@@ -550,14 +581,15 @@ def train(r, loader, held_out, first):
             preview = out / f"preview_{done:06d}.png"
             scores = validate(r.model, r.teacher, held_out, r.device, preview)
             write_log(log, {"step": done, **scores})
-            tqdm.write("step {}: held out AbsRel {:.1f} %, delta1 {:.1f} %".format(
-                done, 100 * scores["val_abs_rel"], 100 * scores["val_delta1"]))
+            if scores["val_frames"]:
+                tqdm.write("step {}: held out AbsRel {:.1f} %, delta1 {:.1f} %".format(
+                    done, 100 * scores["val_abs_rel"], 100 * scores["val_delta1"]))
         if done % a.save_every == 0:
-            save_checkpoint(out, r.model, r.optimizer, done, r.bad)
+            save_checkpoint(r, done)
             saved = done
     bar.close()
     if main_process and saved != done:
-        save_checkpoint(out, r.model, r.optimizer, done, r.bad)
+        save_checkpoint(r, done)
     return done
 
 
@@ -565,9 +597,9 @@ def run(a, recipe):
     """One run, from flags to the last line -> exit status."""
     team, device = start_team(a.device)
     accumulate, out = accumulation(a, team), Path(a.out)
-    if (out / "training.pt").exists() and not a.resume:
-        raise UserError(f"--out {out} already holds a run; add --resume to go on with it, or "
-                        "choose another folder")
+    if not a.resume and any((out / name).exists() for name in ("training.pt", "unet")):
+        raise UserError(f"--out {out} already holds a run or a model; add --resume to go on with "
+                        "a run, or choose another folder")
     synthetic, real, held_out = open_sets(a)
     sets = synthetic + ([real] if real else [])
     model = FiffDepth.from_pretrained(a.base, vae=a.vae).to(device)
@@ -579,13 +611,15 @@ def run(a, recipe):
         model.unet.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(model.unet.parameters(), lr=a.lr, weight_decay=a.weight_decay,
                                   fused=device.type == "cuda")
-    first, known_bad = load_checkpoint(out, model, optimizer) if a.resume else (0, [])
-    bad, total = BadFrames(known_bad), sum(len(s) + len(s.missing) for s in sets)
+    frames = {s.name: len(s) + len(s.missing) for s in sets}
+    first, known_bad = load_checkpoint(out, model, optimizer, frames) if a.resume else (0, [])
+    bad = BadFrames(known_bad)
     bad.add([name for s in sets for name in s.missing])
-    bad.check(total, a.max_bad)
+    bad.check(sum(frames.values()), a.max_bad)
     if team.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "flags.json").write_text(json.dumps(vars(a), indent=1) + "\n")
+        (out / "flags.json.tmp").write_text(json.dumps(vars(a), indent=1) + "\n")
+        os.replace(out / "flags.json.tmp", out / "flags.json")
         cut_log(out / "log.jsonl", first)
         header(a, team, model, sets, held_out, accumulate, first, device, recipe)
     step_module = Step(model, a)
@@ -594,10 +628,11 @@ def run(a, recipe):
     stop = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, _: stop.append(n))
-    r = Run(a, team, device, model, teacher, step_module, optimizer, accumulate, bad, total, stop)
+    r = Run(a, team, device, model, teacher, step_module, optimizer, accumulate, bad, frames, stop)
     mixture = batches(a, model, teacher, synthetic, real, device)
     done = train(r, iter(loader(r, mixture, first)), held_out, first)
     if team.size > 1:
+        dist.barrier()  # the main process may still be saving, and the first to leave ends the rest
         dist.destroy_process_group()
     return farewell(r, done)
 
@@ -607,7 +642,7 @@ def accumulation(a, team):
     passes, rest = divmod(a.batch, 2 * a.micro * team.size)
     if rest or not passes:
         raise UserError(f"--batch {a.batch} is not a multiple of 2 x --micro {a.micro} x "
-                        f"{team.size} process(es)")
+                        f"{team.size} process(es); change --micro or --batch")
     return passes
 
 

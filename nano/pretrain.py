@@ -27,9 +27,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import FrameSet, UserError  # noqa: E402
-from evaluate import abs_rel, align, boundary_f1, delta1  # noqa: E402
+from evaluate import score  # noqa: E402
 from losses import add_noise, gradient_matching, mae, velocity  # noqa: E402
 from model import SD_SCHEDULE, FiffDepth, Teacher  # noqa: E402
+from train import fingerprint  # noqa: E402
 
 STAGES = ("vae", "decoder", "generator", "teacher")
 # What suits so small a generator; train.py reads it beside the weights, flags of its own win.
@@ -83,6 +84,9 @@ def fit(stage, net, loss_of, batch, steps, lr, work):
         net.load_state_dict(state["net"])
         optimizer.load_state_dict(state["optimizer"])
         first, spent = state["step"], state["minutes"]
+        if first > steps:
+            raise UserError(f"{state_file} is at step {first}, past --{stage}_steps {steps}; "
+                            "remove it to start this stage again")
 
     def save(step):
         state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
@@ -136,6 +140,7 @@ def train_vae(a):
     """Reconstructs crops of pictures and, as often, of disparity maps (decoded as grey pictures).
     L1 keeps edges, the gradient term sharpens them, the KL term keeps the latent space smooth."""
     pictures, maps = vae_frames(a, a.vae_frames)
+    torch.manual_seed(0)
     vae = new_vae()
 
     def loss_of(g, batch):
@@ -159,6 +164,12 @@ def train_vae(a):
     card(a, "vae", minutes, a.vae_steps, vae, round_trip(vae, a))
 
 
+def read_vae(a):
+    if not (a.work / "vae/config.json").exists():
+        raise UserError(f"{a.work}/vae is not there; first: python nano/pretrain.py vae decoder")
+    return AutoencoderKL.from_pretrained(a.work / "vae", low_cpu_mem_usage=False)
+
+
 def train_decoder(a):
     """The decoder alone, on whole frames, disparity maps mostly; far pixels weigh more, as in
     AbsRel. Group normalisation sees a whole frame where the first stage saw crops: without this
@@ -166,16 +177,17 @@ def train_decoder(a):
     they are, so this may come before or after the generator (Stable Diffusion's decoder was tuned
     alone, too)."""
     pictures, maps = vae_frames(a, a.decoder_frames)
-    vae = AutoencoderKL.from_pretrained(a.work / "vae", low_cpu_mem_usage=False)
+    vae = read_vae(a)
+    whole = maps[0].shape[-1]
     decoder = torch.nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder})
 
     def loss_of(g, batch):
         few = batch // 4
-        rgb = to_float(crops(pictures, few, g, 128))
-        depth = crops(maps, batch - few, g, 128).repeat(1, 3, 1, 1)
+        rgb = to_float(crops(pictures, few, g, whole))
+        depth = crops(maps, batch - few, g, whole).repeat(1, 3, 1, 1)
         with torch.no_grad():
             z = vae.encode(torch.cat([rgb, depth])).latent_dist.mean
-        y_rgb, y = vae.decode(z).sample.float().split([few, batch - few])
+        y_rgb, y = vae.decode(z).sample.float().split([len(rgb), len(depth)])
         relative = ((y - depth).abs() / ((depth + 1) / 2 + 0.15)).mean()
         return {"rgb": 0.5 * mae(y_rgb, rgb), "depth": relative,
                 "edges": gradient_matching(y, depth)}
@@ -198,28 +210,29 @@ def crops(stores, n, g, side=64):
     """n random crops, as many from each store -> float [n, C, side, side]"""
     out = []
     for array in stores:
-        for i in torch.randint(len(array), (n // len(stores),), generator=g):
+        for i in torch.randint(len(array), (max(1, n // len(stores)),), generator=g):
             y, x = (int(torch.randint(s - side + 1, (1,), generator=g)) for s in array.shape[-2:])
             out.append(array[i, :, y : y + side, x : x + side].float())
     return torch.stack(out)
 
 
 def round_trip(vae, a, n=128):
-    """AbsRel and boundary F1 of held-out wild depth maps after encode and decode, without any
-    network between."""
+    """Scores of held-out wild disparity maps after encode and decode, no network between."""
+    def predict(sample):
+        return vae.decode(vae.encode(sample.depth[None]).latent_dist.mean).sample.mean((0, 1))
+
+    return held_out_scores(lambda sample: (predict(sample).clamp(-1, 1).numpy() + 1) / 2, a, n)
+
+
+@torch.no_grad()
+def held_out_scores(predict, a, n=256):
+    """predict: data.Sample -> disparity map [H, W]; means over held-out wild frames."""
     frames = FrameSet("nano", a.data / "wild/test")
-    scores = []
-    for i in range(min(n, len(frames))):
-        sample, (_, depth, valid) = frames.sample(i, False), frames.read(i)
-        with torch.no_grad():
-            out = (vae.decode(vae.encode(sample.depth[None]).latent_dist.mean)
-                   .sample.mean((0, 1)).clamp(-1, 1))
-        aligned = np.clip(align((out.numpy() + 1) / 2 + 1e-6, depth, valid),
-                          1e-3, frames.layout.far)
-        scores.append((abs_rel(aligned, depth, valid), boundary_f1(aligned, depth, valid)))
-    means = np.nanmean(scores, 0)
-    return {"abs_rel_percent": round(100 * float(means[0]), 2),
-            "boundary_f1": round(float(means[1]), 3)}
+    scores = [score(predict(frames.sample(i, False)), *frames.read(i)[1:], "disparity",
+                    frames.layout) for i in range(min(n, len(frames)))]
+    error, share, f1 = np.nanmean(scores, 0).tolist()
+    return {"abs_rel_percent": round(100 * error, 2), "delta1_percent": round(100 * share, 2),
+            "boundary_f1": round(f1, 3)}
 
 
 # ---------------------------------------------------------------- (b) the generator
@@ -237,7 +250,7 @@ def new_unet(prompt_width=32):
 
 
 def new_generator(a):
-    vae = AutoencoderKL.from_pretrained(a.work / "vae", low_cpu_mem_usage=False)
+    vae = read_vae(a)
     # two tokens that mean nothing
     prompt = torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(0))
     info = {"target": "disparity", "size": 128, "base": "nano/pretrain.py", "flags": {}}
@@ -271,13 +284,16 @@ def train_generator(a):
 
 
 def latent_store(a, model):
-    """Latents of all training pictures, [N, 4, h, w] float16, kept in --work."""
-    file = a.work / "latents.pt"
+    """Latents of all training pictures, [N, 4, h, w] float16, kept in --work for this encoder."""
+    made_by = fingerprint(model.vae, leave_out=("decoder.", "post_quant_conv."))[:12]
+    file = a.work / f"latents_{made_by}_{a.generator_frames}.pt"
     if not file.exists():
         rgb = torch.cat([load_frames(a.data / "clean/train", True, a.generator_frames)[0],
                          load_frames(a.data / "wild/train", False, a.generator_frames)[0]])
         chunks = tqdm(rgb.split(16), desc="encoding")
-        torch.save(torch.cat([model.encode(to_float(chunk)).half() for chunk in chunks]), file)
+        latents = torch.cat([model.encode(to_float(chunk)).half() for chunk in chunks])
+        torch.save(latents, f"{file}.tmp")
+        os.replace(f"{file}.tmp", file)
     return torch.load(file, weights_only=True)
 
 
@@ -290,8 +306,8 @@ def samples(a, model, n=32, steps=50):
     for t in tqdm(sampler.timesteps, desc="sampling"):
         x = sampler.step(model.eps_hat(x, t), t, x).prev_sample
     rgb = model.vae.decode(x / model.vae.config.scaling_factor).sample.clamp(-1, 1)
-    grid = (((rgb + 1) * 127.5).byte().reshape(4, 8, 3, 128, 128)
-            .permute(0, 3, 1, 4, 2).reshape(512, 1024, 3))
+    rows = [torch.cat(list(row), 2) for row in rgb.split(8)]
+    grid = ((torch.cat(rows, 1).permute(1, 2, 0) + 1) * 127.5).byte()
     a.assets.mkdir(exist_ok=True, parents=True)
     Image.fromarray(grid.numpy()).save(a.assets / "samples.png")
 
@@ -357,20 +373,9 @@ def blur(x, sigma):
     return F.conv2d(F.conv2d(x, k.view(1, 1, 1, -1)), k.view(1, 1, -1, 1))
 
 
-def teacher_scores(a, n=256):
+def teacher_scores(a):
     teacher = Teacher.from_pretrained(a.out / "teacher")
-    frames = FrameSet("nano", a.data / "wild/test")
-    scores = []
-    for i in range(min(n, len(frames))):
-        _, depth, valid = frames.read(i)
-        aligned = np.clip(
-            align(teacher(frames.sample(i, False).rgb[None])[0].numpy(), depth, valid),
-            1e-3, frames.layout.far)
-        scores.append((abs_rel(aligned, depth, valid), delta1(aligned, depth, valid),
-                       boundary_f1(aligned, depth, valid)))
-    means = np.nanmean(scores, 0)
-    return dict(zip(("abs_rel_percent", "delta1_percent", "boundary_f1"),
-                    (round(float(m * k), 3) for m, k in zip(means, (100, 100, 1)))))
+    return held_out_scores(lambda sample: teacher(sample.rgb[None])[0].numpy(), a)
 
 
 # --------------------------------------------------------- (d) what train.py made, as it is shipped
@@ -381,6 +386,8 @@ def ship(a):
     without the paths of this machine."""
     root = Path(__file__).resolve().parent.parent
     run = root / "runs/fiffdepth"
+    if not (run / "log.jsonl").exists():
+        raise UserError(f"{run} holds no run; first: python train.py")
     model = FiffDepth.from_pretrained(run)
     model.info = json.loads(json.dumps(model.info).replace(f"{root}/", ""))
     model.save_pretrained(a.out / "fiffdepth", torch.float16)
@@ -389,9 +396,9 @@ def ship(a):
     minutes = sum(model.info["flags"]["batch"] / line["pictures_per_second"] for line in steps) / 60
     last = {k: v for k, v in log[-1].items() if k.startswith("val_")}
     card(a, "fiffdepth", minutes, len(steps), model.unet, last, command="python train.py")
-    sheets = sorted(run.glob("preview_*.png"))
     a.assets.mkdir(exist_ok=True, parents=True)
-    Image.open(sheets[-1]).save(a.assets / "preview.png")
+    for sheet in sorted(run.glob("preview_*.png"))[-1:]:
+        Image.open(sheet).save(a.assets / "preview.png")
 
 
 # ---------------------------------------------------------------- the command
@@ -399,12 +406,13 @@ def ship(a):
 
 def card(a, stage, minutes, steps, net, scores, command=None):
     """Adds a stage to nano/weights/card.json: how it was made and what came out."""
+    flags = {k: v for k, v in vars(a).items() if k.startswith(f"{stage}_")}
     file = a.out / "card.json"
     a.out.mkdir(parents=True, exist_ok=True)
     cards = json.loads(file.read_text()) if file.exists() else {}
     cards[stage] = {"command": command or f"python nano/pretrain.py {stage}", "steps": steps,
                     "seed": 0, "minutes_two_cores": round(minutes, 1),
-                    "parameters": sum(p.numel() for p in net.parameters()), **scores}
+                    "parameters": sum(p.numel() for p in net.parameters()), **flags, **scores}
     file.write_text(json.dumps(cards, indent=1) + "\n")
     print(stage, cards[stage])
 

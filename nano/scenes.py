@@ -14,6 +14,7 @@ import argparse
 import functools
 import math
 import os
+import signal
 import sys
 from multiprocessing import get_context
 from pathlib import Path
@@ -637,6 +638,10 @@ def render(seed, style="clean", size=128):
 # ---------------------------------------------------------------- writing a data-set folder
 
 
+def ignore_interrupts():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # one sentence from the parent is enough
+
+
 def write(job):
     """Renders one frame and writes it, colour last, each file whole or not at all."""
     folder, style, split, index, size, with_depth = job
@@ -668,6 +673,20 @@ def main(argv=None):
     parser.add_argument("--size", type=int, default=128, help="pixels a side")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     a = parser.parse_args(argv)
+    if a.workers < 1 or a.size < 8 or min(a.clean, a.wild, a.labelled, a.test, a.val) < 0:
+        parser.error("--workers must be at least 1, --size at least 8, numbers of frames at least 0")
+    try:
+        return make(a)
+    except OSError as error:
+        print(f"error: {error.filename or a.out}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def make(a):
+    """Writes all frames that are not there yet."""
     jobs = []
     for style, split, count, with_depth in (
             ("clean", "test", a.test, 1), ("wild", "test", a.test, 1), ("wild", "val", a.val, 1),
@@ -677,7 +696,11 @@ def main(argv=None):
         folder.mkdir(parents=True, exist_ok=True)
         jobs += [(folder, style, split, i, a.size, with_depth) for i in range(count)
                  if not (folder / f"rgb_{i:05d}.png").exists()]
-    with get_context("spawn").Pool(a.workers) as pool:
+    ready = next(iter(sorted(a.out.rglob("rgb_*.png"))), None)
+    if ready and max(Image.open(ready).size) != a.size:
+        raise OSError(f"holds frames of {Image.open(ready).size[0]} pixels, not --size {a.size}; "
+                      "choose another folder")
+    with get_context("spawn").Pool(a.workers, ignore_interrupts) as pool:
         for _ in tqdm(pool.imap_unordered(write, jobs, chunksize=8), total=len(jobs), unit="frame"):
             pass
     print(f"{a.out}: clean/train {a.clean}, wild/train {a.wild}, wild/labelled {a.labelled}, "
