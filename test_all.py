@@ -282,7 +282,7 @@ def test_model_save_load_infer_is_bit_equal_and_diffusers_reads_the_parts(tmp_pa
     AutoencoderKL.from_pretrained(tmp_path / "m", subfolder="vae")
     assert DDPMScheduler.from_pretrained(
         tmp_path / "m", subfolder="scheduler").config.prediction_type == "v_prediction"
-    assert not list(tmp_path.glob(".*"))  # nothing left over
+    assert not [f for f in tmp_path.rglob("*") if f.name.startswith(".")]  # nothing left over
 
 
 def _clip_folder(path, width):
@@ -1232,20 +1232,43 @@ def test_train_cache_gives_what_encoding_gives(tiny, finished, tmp_path):
                 assert cached[term] == pytest.approx(direct[term], rel=0.02), term
 
 
-def test_train_sigterm_saves_and_leaves_with_one_line(tiny, tmp_path):
+def test_train_sigterm_to_the_whole_group_saves_and_leaves_with_one_line(tiny, tmp_path):
+    """As `timeout` or a job scheduler sends it: the reading processes receive it too."""
     out = tmp_path / "run"
     process = subprocess.Popen(
-        [sys.executable, str(HERE / "train.py"), *_command(tiny, out, steps=5000)],
-        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        [sys.executable, str(HERE / "train.py"), *_command(tiny, out, "--workers", "1", steps=5000)],
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.time() + 120
     while (not ((out / "log.jsonl").exists() and (out / "log.jsonl").read_text().count("\n") >= 2)
            and time.time() < deadline):
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in stderr
     assert re.search(r"stopped by a signal after step \d+ of 5000, saved", stdout.splitlines()[-1])
     assert _state(out)["step"] == len(_log(out)) >= 2
+
+
+def test_train_a_bad_held_out_frame_is_skipped_and_said(tiny, tmp_path, capsys):
+    shutil.copytree(tiny / "clean", tmp_path / "val")
+    (tmp_path / "val/rgb_00001.png").write_bytes(b"")
+    command = _command(tiny, tmp_path / "run", "--val", f"nano={tmp_path / 'val'}", steps=1)
+    assert _train(*command, "--val_frames", "3") == 0
+    assert "held out, skipped rgb_00001.png" in capsys.readouterr().err
+    assert _log(tmp_path / "run")[-1]["val_frames"] == 2
+    assert _train(*_command(tiny, tmp_path / "b", "--val", f"photos={tiny / 'wild'}")) == 2
+    assert "no depth to compare with" in capsys.readouterr().err
+
+
+def test_train_resume_refuses_other_data(tiny, tmp_path, capsys):
+    shutil.copytree(tiny / "clean", tmp_path / "clean")
+    command = _command(tiny, tmp_path / "run", steps=1)
+    command[1] = f"nano={tmp_path / 'clean'}"
+    assert _train(*command) == 0
+    for kind in ("rgb", "depth"):
+        shutil.copy(tmp_path / f"clean/{kind}_00001.png", tmp_path / f"clean/{kind}_00009.png")
+    assert _train("--resume", "--out", str(tmp_path / "run")) == 2
+    assert "frames" in capsys.readouterr().err
 
 
 def test_train_resume_refuses_other_hyper_parameters_and_new_runs_keep_old_ones(
@@ -1761,6 +1784,32 @@ def test_evaluate_align_golden_values():
     assert (abs_rel(out, depth, mask) == pytest.approx(0.124076, abs=1e-6)
             and delta1(out, depth, mask) == 0.75)
     assert np.isnan(abs_rel(out, depth, ~mask)) and np.isnan(delta1(out, depth, ~mask))
+
+
+def test_evaluate_masks_of_any_shape_and_predictions_that_are_not_numbers():
+    from evaluate import abs_rel, boundary_f1, delta1
+
+    depth = np.array([[1.0, 2], [4, 8]])
+    for metric in (abs_rel, delta1, boundary_f1):
+        assert np.isnan(metric(depth, depth, np.zeros((2, 2), bool)))
+        assert np.isnan(metric(np.full((2, 2), np.nan), depth, np.ones((2, 2), bool)))
+        assert metric(depth * 1.1, depth, np.array([[1, 0]])) == metric(
+            depth * 1.1, depth, np.array([[True, False], [True, False]]))
+    assert abs_rel(depth * 1.1, depth, np.array([[True], [False]])) == pytest.approx(0.1)
+    assert delta1(-depth, depth, np.ones((2, 2), bool)) == 0  # a negative depth is wrong
+
+
+def test_evaluate_the_small_worlds_table(tiny, tmp_path, capsys):
+    import evaluate
+
+    _tiny_model().save_pretrained(tmp_path / "m")
+    shutil.copytree(tiny / "clean", tmp_path / "val")
+    (tmp_path / "val/rgb_00003.png").write_bytes(b"")
+    assert evaluate.main(["--checkpoint", str(tmp_path / "m"), "--teacher", str(tiny / "teacher"),
+                          "--data", f"nano={tmp_path / 'val'}"]) == 0
+    out, err = capsys.readouterr()
+    assert re.search(r"\| FiffDepth \(1 images without a score\) \| disparity \| \d", out)
+    assert "vertical ramp" in out and "rgb_00003.png" in err
 
 
 def test_evaluate_boundary_f1_golden_values():

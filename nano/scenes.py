@@ -674,7 +674,7 @@ def main(argv=None):
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     a = parser.parse_args(argv)
     if a.workers < 1 or a.size < 8 or min(a.clean, a.wild, a.labelled, a.test, a.val) < 0:
-        parser.error("--workers must be at least 1, --size at least 8, numbers of frames at least 0")
+        parser.error("--workers from 1 up, --size from 8 up, numbers of frames from 0 up")
     try:
         return make(a)
     except OSError as error:
