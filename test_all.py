@@ -1236,7 +1236,8 @@ def test_train_sigterm_to_the_whole_group_saves_and_leaves_with_one_line(tiny, t
     """As `timeout` or a job scheduler sends it: the reading processes receive it too."""
     out = tmp_path / "run"
     process = subprocess.Popen(
-        [sys.executable, str(HERE / "train.py"), *_command(tiny, out, "--workers", "1", steps=5000)],
+        [sys.executable, str(HERE / "train.py"),
+         *_command(tiny, out, "--workers", "1", steps=5000)],
         stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.time() + 120
     while (not ((out / "log.jsonl").exists() and (out / "log.jsonl").read_text().count("\n") >= 2)
