@@ -1953,3 +1953,39 @@ def test_nano_pretrain_makes_a_base_and_a_teacher_and_resumes(tmp_path, monkeypa
                   "--out", str(tmp_path / "run"), "--cache", str(tmp_path / "cache"),
                   "--steps", "1", "--micro", "1", "--batch", "2", "--val_frames", "1",
                   "--max_bad", "0.5", "--device", "cpu") == 0
+
+
+# ================================================================ readme
+
+
+def test_readme_names_functions_and_flags_that_exist():
+    import evaluate  # noqa: F401
+    import losses
+    import train
+
+    text = (HERE / "README.md").read_text()
+    homes = {"losses": losses, "train": train, "FiffDepth": FiffDepth}
+    named = re.findall(r"`(losses|train|FiffDepth)\.(\w+)`", text)
+    assert {name for _, name in named} >= {"predict", "filter", "blend", "add_noise", "velocity", "mae",
+                                           "trajectory_loss", "gradient_matching", "training_step"}
+    assert all(callable(getattr(homes[home], name)) for home, name in named)
+    sources = "".join((HERE / f).read_text() for f in ("train.py", "infer.py", "evaluate.py",
+                                                       "nano/scenes.py", "nano/pretrain.py"))
+    others = {"--nproc_per_node", "--shutdown-timeout", "--image_size", "--resize_mode",
+              "--resize_only_if_bigger"}  # torchrun's and img2dataset's
+    for flag in set(re.findall(r"(?<![\w-])--[a-z]\w*(?:-\w+)*", text)) - others:
+        assert f'"{flag}"' in sources, flag
+
+
+def test_readme_has_two_setup_commands_and_ci_runs_them():
+    text = (HERE / "README.md").read_text()
+    first = text.split("## First minute")[1].split("\n## ")[0]
+    commands = re.findall(r"^\$ (.+)$", first, re.M)
+    assert len(commands) == 2 and "infer.py" in commands[0] and "test_all.py" in commands[1]
+    assert "First minute" in (HERE / ".ci/run").read_text() and "@" not in text.split("## Files")[0]
+
+
+def test_readme_the_shipped_weights_are_small():
+    folder = HERE / "nano/weights"
+    assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) < 25e6
+    assert {"generator", "teacher", "fiffdepth", "card.json"} <= {f.name for f in folder.iterdir()}
