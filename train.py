@@ -96,7 +96,8 @@ def flags():
     # the machine
     add("--dtype", "bfloat16", "autocast precision over float32 weights",
         choices=["bfloat16", "float32"])
-    add("--checkpointing", False, "recompute activations in the backward pass: less memory", **switch)
+    add("--checkpointing", False, "recompute activations in the backward pass, to save memory",
+        **switch)
     add("--cache", None, "folder that keeps latents: frames are encoded once", metavar="DIR")
     add("--workers", 2, "processes that read pictures")
     add("--device", "auto", "auto, cpu, cuda, mps")
