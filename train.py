@@ -494,8 +494,8 @@ class Run(NamedTuple):
     stop: list  # signals received
 
 
-def micro_batch(r, loader, m):
-    """The m-th micro-batch of the run -> its Latents and file names."""
+def micro_batch(r, loader):
+    """The next micro-batch of this process -> its Latents and file names."""
     batch = next(loader)
     for line in r.bad.add(batch.bad):
         tqdm.write(f"skipped {line}", file=sys.stderr)
@@ -524,7 +524,7 @@ def gradients(r, loader, step):
         if r.team.mean([len(r.stop)])[0] > 0:  # all processes leave at the same place
             return None
         m = (step * r.accumulate + i) * r.team.size + r.team.rank
-        z, files = micro_batch(r, loader, m)
+        z, files = micro_batch(r, loader)
         names += files
         wait = r.team.size > 1 and i < r.accumulate - 1  # exchange gradients once a step
         with r.step_module.no_sync() if wait else nullcontext():

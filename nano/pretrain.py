@@ -30,7 +30,7 @@ from data import FrameSet, UserError  # noqa: E402
 from evaluate import score  # noqa: E402
 from losses import add_noise, gradient_matching, mae, velocity  # noqa: E402
 from model import SD_SCHEDULE, FiffDepth, Teacher  # noqa: E402
-from train import fingerprint  # noqa: E402
+from train import fingerprint, save_sheet  # noqa: E402
 
 STAGES = ("vae", "decoder", "generator", "teacher")
 # What suits so small a generator; train.py reads it beside the weights, flags of its own win.
@@ -73,8 +73,8 @@ def to_float(rgb):
 
 
 def fit(stage, net, loss_of, batch, steps, lr, work):
-    """Trains net on loss_of(generator, step) with AdamW,
-    a short warm-up and a cosine to zero; resumable."""
+    """Trains net on the terms of loss_of(generator, batch) with AdamW, a short warm-up and a cosine
+    to zero; resumable -> minutes."""
     state_file, log = work / f"{stage}.pt", work / f"{stage}.jsonl"
     work.mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
@@ -129,8 +129,8 @@ def fit(stage, net, loss_of, batch, steps, lr, work):
 
 
 def new_vae():
-    """AutoencoderKL of Stable Diffusion's class with factor 4 and no attention, so that what it
-    learns on 64-pixel crops holds at any size. Narrow where pixels are many, wider below."""
+    """AutoencoderKL of Stable Diffusion's class with factor 4, narrow where pixels are many, wider
+    below. No attention, but group normalisation ties it to the size it saw: see train_decoder."""
     return AutoencoderKL(block_out_channels=(16, 48, 80), layers_per_block=1, latent_channels=4,
                          norm_num_groups=16, down_block_types=("DownEncoderBlock2D",) * 3,
                          up_block_types=("UpDecoderBlock2D",) * 3, mid_block_add_attention=False)
@@ -306,10 +306,8 @@ def samples(a, model, n=32, steps=50):
     for t in tqdm(sampler.timesteps, desc="sampling"):
         x = sampler.step(model.eps_hat(x, t), t, x).prev_sample
     rgb = model.vae.decode(x / model.vae.config.scaling_factor).sample.clamp(-1, 1)
-    rows = [torch.cat(list(row), 2) for row in rgb.split(8)]
-    grid = ((torch.cat(rows, 1).permute(1, 2, 0) + 1) * 127.5).byte()
     a.assets.mkdir(exist_ok=True, parents=True)
-    Image.fromarray(grid.numpy()).save(a.assets / "samples.png")
+    save_sheet([torch.cat(list(row), 2) for row in rgb.split(8)], a.assets / "samples.png")
 
 
 # ---------------------------------------------------------------- (c) the teacher
