@@ -5,6 +5,8 @@ none, the teacher labels them while training. Read top to bottom:
 storage (a folder or a .tar) -> decoders (bytes to arrays) -> SETS (one row per layout on disk)
 -> normalize (metres to [-1, 1]) -> FrameSet (one set) -> MixedBatches (the training mixture).
 
+The test sets of the paper's tables are rows of TEST_SETS, with the same reader.
+
     frames = FrameSet("hypersim", "/data/hypersim", list_file="filename_list_train_filtered.txt")
     rgb, depth, mask, name = frames.sample(0, flip=False)   # depth: [3, 480, 640] in [-1, 1]
 
@@ -124,15 +126,18 @@ def load(data, what="picture"):
     return image
 
 
-def open_image(source):
-    """A picture, as bytes or path -> uint8 [H, W, 3], upright. Raises BadFrame."""
+def open_image(source, upright=True):
+    """A picture, as bytes or path -> uint8 [H, W, 3]. Raises BadFrame.
+
+    upright  turned as its EXIF tag says; False: as stored, for a picture whose depth map is so
+    """
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
     except OSError as error:
         raise BadFrame(f"picture cannot be read ({error.strerror})") from error
     image = load(data)
-    try:
-        image = ImageOps.exif_transpose(image)      # cameras store the rotation beside the pixels
+    try:                                            # cameras store the rotation beside the pixels
+        image = ImageOps.exif_transpose(image) if upright else image
     except Exception:                               # damaged EXIF, sound pixels: as stored
         pass
     try:
@@ -170,23 +175,32 @@ def cm(data):
     return png16(data) / 100                        # metres; VKITTI's sky is 655.35
 
 
-def hypersim_hdf5(data):
-    """Raw Hypersim: HDF5, distance to the camera centre -> planar depth, float32 [H, W] metres."""
+def kitti_png(data):
+    return png16(data) / 256                        # metres; 0 where no laser beam ended
+
+
+def hdf5(data, key):
+    """The array of an HDF5 file, float32 [H, W]."""
     try:
         import h5py
     except ImportError as error:
-        raise UserError("raw Hypersim depth is HDF5, which needs h5py: pip install h5py "
-                        "(or use Marigold's PNG export)") from error
+        raise UserError("raw Hypersim and Spring depth is HDF5, which needs h5py: pip install h5py "
+                        "(for Hypersim there is also Marigold's PNG export)") from error
     if not data:
         raise BadFrame("depth file is empty (0 bytes)")
     try:
         with h5py.File(io.BytesIO(data), "r") as file:
-            distance = file["dataset"][:].astype(np.float32)    # [H, W], stored as float16
+            array = file[key][:].astype(np.float32)
     except (OSError, KeyError, RuntimeError) as error:
         raise BadFrame(f"depth is damaged ({error})") from error
-    if distance.ndim != 2:
-        raise BadFrame(f"depth has the shape {distance.shape}, not (height, width)")
-    return planar(distance)
+    if array.ndim != 2:
+        raise BadFrame(f"depth has the shape {array.shape}, not (height, width)")
+    return array
+
+
+def hypersim_hdf5(data):
+    """Raw Hypersim: distance to the camera centre, stored as float16 -> planar depth, metres."""
+    return planar(hdf5(data, "dataset"))
 
 
 def planar(distance):
@@ -206,6 +220,78 @@ def kitti_crop(H, W):
     return slice(H - 352, H), slice(left, left + 1216)
 
 
+def eth3d_raw(data):
+    """ETH3D: a headerless array of 4032 x 6048 little-endian float32, inf where nothing was hit."""
+    if len(data) != 4032 * 6048 * 4:
+        raise BadFrame(f"depth has {len(data)} bytes, not 4032 x 6048 x 4")
+    return np.frombuffer(data, "<f4").reshape(4032, 6048)
+
+
+def npy(data, what):
+    """.npy file -> array [H, W], without axes of length 1."""
+    try:
+        array = np.load(io.BytesIO(data)).squeeze()
+    except (ValueError, EOFError, OSError) as error:
+        raise BadFrame(f"{what} is not a .npy file of numbers ({error})") from error
+    if array.ndim != 2:
+        raise BadFrame(f"{what} has the shape {array.shape}, not (height, width)")
+    return array
+
+
+def diode_npy(data, mask):
+    """DIODE: float32 metres, valid where the mask file says so and nowhere else."""
+    depth, valid = npy(data, "depth"), npy(mask, "depth mask").astype(bool)
+    if depth.shape != valid.shape:
+        raise BadFrame(f"depth {depth.shape} and depth mask {valid.shape} differ in size")
+    return np.where(valid, depth, 0).astype(np.float32)
+
+
+def sintel_dpt(data, invalid=None):
+    """Sintel .dpt: float32 202021.25 (the bytes PIEH), int32 width, height, float32 rows; metres.
+    The optional PNG is not 0 where a pixel is invalid."""
+    if data[:4] != b"PIEH" or len(data) < 12:
+        raise BadFrame("depth is not a .dpt file (no tag PIEH)")
+    W, H = np.frombuffer(data, "<i4", 2, 4)
+    if len(data) != 12 + 4 * W * H:
+        raise BadFrame(f"depth has {len(data)} bytes, not those of {H}x{W} pixels")
+    depth = np.frombuffer(data, "<f4", offset=12).reshape(H, W)
+    return depth if invalid is None else np.where(grey8(invalid) > 0, np.nan, depth)
+
+
+def spring_dsp5(data, intrinsics, frame):
+    """Spring: disparity of twice the picture's resolution, in pixels of the picture -> metres.
+
+    z = fx 0.065 m / disparity; a disparity of 0 is sky, infinitely far; NaN stays. intrinsics.txt
+    has a row `fx fy cx cy` for each frame, and frames count from 1.
+    """
+    rows = intrinsics.decode(errors="replace").splitlines()
+    try:
+        fx = float(rows[int(frame) - 1].split()[0])
+    except (IndexError, ValueError) as error:
+        raise BadFrame(f"intrinsics.txt has no focal length for frame {frame}") from error
+    disparity = hdf5(data, "disparity")[::2, ::2]
+    with np.errstate(divide="ignore"):
+        return np.where(disparity <= 0, np.inf, fx * 0.065 / np.abs(disparity))
+
+
+def ibims_png(data, valid, opaque):
+    """iBims-1: 16 bits over 50 m, 0 and 65535 are no data. Despite their names, mask_invalid is
+    not 0 where a pixel is valid, and mask_transp where it is not transparent."""
+    raw = png16(data)
+    good = (raw > 0) & (raw < 65535) & (grey8(valid) > 0) & (grey8(opaque) > 0)
+    return np.where(good, raw * (50 / 65535), 0)
+
+
+def grey8(data):
+    """Mask or matte, 8 bits of any mode -> uint8 [H, W]"""
+    return np.asarray(load(data, "mask").convert("L"))
+
+
+def matte(data):
+    """Alpha matte or object mask -> float32 [H, W] in [0, 1]"""
+    return grey8(data).astype(np.float32) / 255
+
+
 # ---------------------------------------------------------------------- the table of layouts
 
 class Layout(NamedTuple):
@@ -214,11 +300,17 @@ class Layout(NamedTuple):
     what: str                       # what a user should have on disk, for error messages
     rgb: str                        # regular expression of the picture's whole name ...
     depth: Optional[str] = None     # ... and its partner's name; None: pictures without depth
-    decode: Optional[Callable] = None               # bytes -> float32 [H, W] metres
+    decode: Optional[Callable] = None               # bytes, and those of more -> [H, W] metres
     near: float = 0.0               # metres: valid when near < depth < far
     far: float = math.inf
     crop: Optional[Callable] = None                 # (H, W) -> rows, columns to keep
     size: Optional[tuple] = None    # (H, W) fed to the network; None: as stored
+    more: tuple = ()                # further arguments of decode: names of files like depth's,
+    #                                 "?name" of one that may be missing (None), "=text" itself
+    window: Optional[tuple] = None  # (top, bottom, left, right): only these pixels are valid
+    sky: bool = False               # what lies beyond far is valid, at the distance far
+    matte: bool = False             # the partner is a matte in [0, 1], not a depth map
+    count: Optional[int] = None     # known number of frames, printed beside the number found
 
 
 HYPERSIM = dict(near=1e-5, far=65.0, size=(480, 640))
@@ -246,6 +338,63 @@ SETS = (
            r"(.*/)?rgb_([^/]+)\.png", r"\1depth_\2.png", mm, near=1e-3, far=40.0),
     Layout("photos", "pictures (" + " ".join(IMAGE_SUFFIXES) + "), in sub-folders or .tar shards "
            "if you like", r"(?i).+(" + "|".join(map(re.escape, IMAGE_SUFFIXES)) + ")"),
+)
+
+
+MM_10 = dict(decode=mm, near=1e-3, far=10.0)
+SPLIT = r"(\d{4}_\d\d_\d\d)/(\2_drive_\d+_sync)"       # KITTI: day and drive
+
+# The sets of the paper's tables (Sec. 4.2). Depth sets: Marigold's prepared archives, or what they
+# unpack to; boundary sets: as their authors publish them.
+TEST_SETS = (
+    Layout("nyu", "Marigold's NYUv2 (test/kitchen_0004/rgb_0001.png with depth_0001.png)",
+           r"(.*/)?(test/[^/]+)/rgb_(\d+)\.png", r"\1\2/depth_\3.png", **MM_10,
+           window=(45, 471, 41, 601), count=654),
+    Layout("nyu", "the same without the folder test/",
+           r"(.*/)?rgb_(\d+)\.png", r"\1depth_\2.png", **MM_10,
+           window=(45, 471, 41, 601), count=654),
+    Layout("kitti", "Marigold's KITTI Eigen split (2011_09_26/2011_09_26_drive_0002_sync/image_02/"
+           "data/0000000069.png with 2011_09_26_drive_0002_sync/proj_depth/groundtruth/...)",
+           r"(.*/)?" + SPLIT + r"/image_02/data/(\d+)\.png",
+           r"\1\3/proj_depth/groundtruth/image_02/\4.png", kitti_png, near=1e-5, far=80.0,
+           crop=kitti_crop, window=(117, 321, 43, 1172), count=652),
+    Layout("eth3d", "Marigold's ETH3D (rgb/office/images/dslr_images/DSC_0219.JPG with depth/"
+           "office_dslr_depth/office/ground_truth_depth/dslr_images/DSC_0219.JPG)",
+           r"(.*/)?rgb/([^/]+)/images/dslr_images/([^/]+\.JPG)",
+           r"\1depth/\2_dslr_depth/\2/ground_truth_depth/dslr_images/\3", eth3d_raw, near=1e-5,
+           count=454),
+    Layout("scannet", "Marigold's ScanNet (scene0406_02/color/000300.jpg with depth/000300.png)",
+           r"(.*/)?(scene\d+_\d+)/color/(\d+)\.jpg", r"\1\2/depth/\3.png", **MM_10, count=800),
+    Layout("diode", "DIODE's validation set (indoors/scene_00021/scan_00189/x.png with "
+           "x_depth.npy and x_depth_mask.npy)",
+           r"(.*/)?((?:indoors|outdoor)/scene_\d+/scan_\d+/[^/]+)\.png", r"\1\2_depth.npy",
+           diode_npy, more=(r"\1\2_depth_mask.npy",), count=771),
+    Layout("da2k", "DA-2K (annotations.json with images/indoor/x.jpg)",
+           r"(?i)(.*/)?images/.+(" + "|".join(map(re.escape, IMAGE_SUFFIXES)) + ")"),
+    *(Layout(name, f"Sintel's training set with depth ({folder}/alley_1/frame_0001.png with "
+             "depth/alley_1/frame_0001.dpt, below training/)",
+             rf"(.*/)?{folder}/([^/]+)/(frame_\d+)\.png", r"\1depth/\2/\3.dpt", sintel_dpt,
+             near=0.01, far=80.0, sky=True, more=(r"?\1invalid/\2/\3.png",), count=1064)
+      for name, folder in (("sintel", "final"), ("sintel-clean", "clean"))),
+    Layout("spring", "Spring's training set (0001/frame_left/frame_left_0001.png with disp1_left/"
+           "disp1_left_0001.dsp5 and cam_data/intrinsics.txt, below train/)",
+           r"(.*/)?(\d{4})/frame_left/frame_left_(\d+)\.png",
+           r"\1\2/disp1_left/disp1_left_\3.dsp5", spring_dsp5, near=0.01, far=200.0, sky=True,
+           more=(r"\1\2/cam_data/intrinsics.txt", r"=\3"), count=5000),
+    Layout("ibims", "iBims-1, ibims1_core_raw (rgb/x.png with depth/, mask_invalid/, mask_transp/)",
+           r"(.*/)?rgb/([^/]+)\.png", r"\1depth/\2.png", ibims_png, near=0.1, far=10.0,
+           more=(r"\1mask_invalid/\2.png", r"\1mask_transp/\2.png"), count=100),
+    Layout("am2k", "AM-2k (validation/original/m_x.jpg with validation/mask/m_x.png)",
+           r"(.*/)?validation/original/([^/]+)\.jpg", r"\1validation/mask/\2.png", matte,
+           matte=True, count=200),
+    *(Layout(name, f"P3M-10k (validation/{split}/{folder}/x.jpg with mask/x.png)",
+             rf"(.*/)?{split}/{folder}/([^/]+)\.jpg", rf"\1{split}/mask/\2.png", matte, matte=True,
+             count=500)
+      for name, split, folder in (("p3m", "P3M-500-NP", "original_image"),
+                                  ("p3m-p", "P3M-500-P", "blurred_image"))),
+    Layout("dis5k", "DIS5K (DIS-VD/im/x.jpg with DIS-VD/gt/x.png; the 200 of Depth Pro by --list "
+           "dis5k=dis5k_sample_list.txt)",
+           r"(.*/)?(DIS-\w+)/im/([^/]+)\.jpg", r"\1\2/gt/\3.png", matte, matte=True, count=200),
 )
 
 
@@ -301,6 +450,7 @@ def normalize_teacher(disparity, space):
 class Frame(NamedTuple):
     rgb: str                        # names inside the root
     depth: Optional[str]
+    more: tuple = ()                # names of the layout's further files, and its "=" words
 
 
 class Sample(NamedTuple):
@@ -328,19 +478,25 @@ def nearest(array, size):
 def read_list(path, names, pairs):
     """List file in Marigold's form, `rgb depth [more]` per line -> [Frame]; `None` = no depth.
 
-    Without `pairs` (pictures only) a line is one name, blanks and all, or else its first field.
+    Without `pairs` (partners go by name) a line is one name, blanks and all, or else its first
+    field. Leading folders of the list that the root has not, such as its own name, are dropped.
     """
+    def locate(name):
+        parts = name.removeprefix("./").split("/")
+        tails = ("/".join(parts[k:]) for k in range(len(parts)))
+        return next((tail for tail in tails if tail in names), "/".join(parts))
+
     frames = []
     lines = Path(path).read_text("utf-8-sig", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
-        line, fields = line.strip().removeprefix("./"), line.split()
+        line, fields = line.strip(), line.split()
         if not fields or pairs and fields[1:2] == ["None"]:
             continue
         if pairs and len(fields) < 2:
             raise UserError(f"{path}, line {number}: expected `rgb depth`, found `{line}`")
-        rgb = fields[0].removeprefix("./")
-        frames.append(Frame(rgb, fields[1].removeprefix("./")) if pairs else
-                      Frame(line if line in names else rgb, None))
+        whole = locate(line)
+        frames.append(Frame(locate(fields[0]), locate(fields[1])) if pairs else
+                      Frame(whole if whole in names else locate(fields[0]), None))
     return list(dict.fromkeys(frames))              # a frame listed twice counts once
 
 
@@ -356,17 +512,19 @@ class FrameSet(Dataset):
 
     def __init__(self, name, path, list_file=None, space="disparity", size=None, cap=None):
         self.name, self.path, self.space = name, Path(path), space
-        rows = [row for row in SETS if row.name == name]
+        rows = [row for row in SETS + TEST_SETS if row.name == name]
         self.store = self.open_root(shards=rows[0].depth is None)
         names = set(self.store.names())
-        listed = list_file and read_list(list_file, names, pairs=rows[0].depth is not None)
+        pairs = rows[0].depth is not None and not rows[0].matte
+        listed = list_file and read_list(list_file, names, pairs)
         candidates = [f.rgb for f in listed] if list_file else sorted(names)
         fits = [row for row in rows if any(re.fullmatch(row.rgb, n) for n in candidates)]
         if not fits:
             raise self.misfit(rows, list_file or "the root", candidates)
         self.layout = fits[0]
-        wanted = (listed or self.pair(sorted(names)))[:cap]
-        absent = {f: [n for n in f if n is not None and n not in names] for f in wanted}
+        wanted = [self.complete(f, names) for f in listed or self.pair(sorted(names))][:cap]
+        absent = {f: [n for n in (*f[:2], *f.more) if n and n[0] != "=" and n not in names]
+                  for f in wanted}
         self.frames = [f for f in wanted if not absent[f]]
         self.missing = [f"{name}/{f.rgb}: no {absent[f][0]}" for f in wanted if absent[f]]
         if not self.frames:
@@ -394,6 +552,16 @@ class FrameSet(Dataset):
         matches = filter(None, (re.fullmatch(self.layout.rgb, name) for name in names))
         return [Frame(m[0], self.layout.depth and m.expand(self.layout.depth)) for m in matches]
 
+    def complete(self, frame, names):
+        """Adds what goes by the picture's name: its partner, where a list has none, and more."""
+        match = re.fullmatch(self.layout.rgb, frame.rgb)
+        if not match or not self.layout.depth:
+            return frame
+        more = [match.expand(word) for word in self.layout.more]
+        more = [word.lstrip("?") if word.lstrip("?") in names or word[0] != "?" else None
+                for word in more]
+        return Frame(frame.rgb, frame.depth or match.expand(self.layout.depth), tuple(more))
+
     def probe(self):
         """(H, W) of the first frame that can be read."""
         reasons = []
@@ -411,21 +579,33 @@ class FrameSet(Dataset):
     def read(self, i):
         """-> rgb uint8 [H, W, 3], depth float32 [H, W] metres, valid [H, W] bool (or None, None).
 
-        At the stored size, after the layout's crop. NaN and inf become 0, which is never valid.
+        At the stored size, after the layout's crop. NaN and inf become 0, which is never valid; with
+        the layout's `sky`, what is farther than far becomes far. A matte is its alpha, all valid.
         """
-        frame = self.frames[i]
-        rgb = open_image(self.store.read(frame.rgb))
+        frame, row = self.frames[i], self.layout
+        rgb = open_image(self.store.read(frame.rgb), upright=frame.depth is None)
         if frame.depth is None:
             return rgb, None, None
-        depth = self.layout.decode(self.store.read(frame.depth))
+        more = [w if w is None else w[1:] if w[0] == "=" else self.store.read(w) for w in frame.more]
+        depth = row.decode(self.store.read(frame.depth), *more).astype(np.float32)
         if rgb.shape[:2] != depth.shape:
-            raise BadFrame("picture of {}x{} and depth of {}x{} pixels".format(
-                *rgb.shape[:2], *depth.shape))
-        if self.layout.crop:
-            window = self.layout.crop(*depth.shape)
+            raise BadFrame("picture of {}x{} and {} of {}x{} pixels".format(
+                *rgb.shape[:2], "matte" if row.matte else "depth", *depth.shape))
+        if row.matte:
+            return rgb, depth, np.ones(depth.shape, bool)
+        if row.crop:
+            window = row.crop(*depth.shape)
             rgb, depth = rgb[window], depth[window]
+        if row.sky:
+            depth = np.minimum(depth, row.far)
         depth = np.nan_to_num(depth, nan=0.0, posinf=0.0, neginf=0.0)
-        return rgb, depth, (depth > self.layout.near) & (depth < self.layout.far)
+        valid = (depth > row.near) & ((depth < row.far) | (row.sky & (depth == row.far)))
+        if row.window:
+            top, bottom, left, right = row.window
+            inside = np.zeros(valid.shape, bool)
+            inside[top:bottom, left:right] = True
+            valid &= inside
+        return rgb, depth, valid
 
     def sample(self, i, flip):
         """-> Sample, as the network takes it; `flip` mirrors left and right."""
@@ -569,9 +749,9 @@ def split_word(flag, word, known):
     return name, path
 
 
-def parse_sources(sources, lists=()):
+def parse_sources(sources, lists=(), rows=SETS):
     """["hypersim=PATH", ...] and ["hypersim=FILE", ...] -> {name: (path, list file or None)}"""
-    known = list(dict.fromkeys(row.name for row in SETS))
+    known = list(dict.fromkeys(row.name for row in rows))
     found = {}
     for name, path in (split_word("--data", word, known) for word in sources):
         if name in found:

@@ -129,31 +129,42 @@ def fit(stage, net, loss_of, batch, steps, lr, work):
 
 
 def new_vae():
-    """AutoencoderKL of Stable Diffusion's class with factor 4, narrow where pixels are many, wider
-    below. No attention, but group normalisation ties it to the size it saw: see train_decoder."""
-    return AutoencoderKL(block_out_channels=(16, 48, 80), layers_per_block=1, latent_channels=4,
-                         norm_num_groups=16, down_block_types=("DownEncoderBlock2D",) * 3,
-                         up_block_types=("UpDecoderBlock2D",) * 3, mid_block_add_attention=False)
+    """AutoencoderKL of Stable Diffusion's class: factor 8, like Stable Diffusion's, but 16 channels,
+    like its successors', for one picture here is only 128 pixels wide. Narrow where pixels are
+    many; no attention, yet group normalisation ties it to the size it saw, hence whole frames."""
+    return AutoencoderKL(block_out_channels=(16, 32, 64, 64), layers_per_block=1, latent_channels=16,
+                         norm_num_groups=8, down_block_types=("DownEncoderBlock2D",) * 4,
+                         up_block_types=("UpDecoderBlock2D",) * 4, mid_block_add_attention=False)
+
+
+def reconstruction(y, x):
+    """Terms for pictures y, x [B, 3, H, W] in [-1, 1]: L1 keeps edges, the gradient term sharpens
+    them, and L1 between 8-pixel means keeps the colour of a surface under its grain."""
+    return mae(y, x) + mae(F.avg_pool2d(y, 8), F.avg_pool2d(x, 8)) + 0.5 * gradient_matching(y, x)
+
+
+def map_reconstruction(y, x):
+    """The same for disparity maps, with far pixels weighing more, as in AbsRel."""
+    weight = 1 / ((x + 1) / 2 + 0.25)
+    return ((y - x).abs() * weight).mean() + gradient_matching(y, x)
 
 
 def train_vae(a):
-    """Reconstructs crops of pictures and, as often, of disparity maps (decoded as grey pictures).
-    L1 keeps edges, the gradient term sharpens them, the KL term keeps the latent space smooth."""
+    """Reconstructs whole pictures and, as often, disparity maps (decoded as grey pictures); the KL
+    term keeps the latent space smooth."""
     pictures, maps = vae_frames(a, a.vae_frames)
     torch.manual_seed(0)
     vae = new_vae()
 
     def loss_of(g, batch):
-        rgb, depth = (to_float(crops(pictures, batch // 2, g)),
-                      crops(maps, batch // 2, g).repeat(1, 3, 1, 1))
-        x = torch.cat([rgb, depth])
-        posterior = vae.encode(x).latent_dist
+        rgb = to_float(draw(pictures, batch // 2, g))
+        depth = draw(maps, batch // 2, g).repeat(1, 3, 1, 1)
+        posterior = vae.encode(torch.cat([rgb, depth])).latent_dist
         z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=g)
-        y = vae.decode(z).sample.float()
+        y_rgb, y_depth = vae.decode(z).sample.float().chunk(2)
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
-        half = len(rgb)
-        return {"rgb": mae(y[:half], x[:half]), "depth": 2 * mae(y[half:], x[half:]),
-                "edges": 0.5 * gradient_matching(y, x), "kl": 3e-5 * kl}
+        return {"rgb": reconstruction(y_rgb, rgb), "depth": map_reconstruction(y_depth, depth),
+                "kl": 1e-4 * kl}
 
     minutes = fit("vae", vae, loss_of, a.vae_batch, a.vae_steps, a.vae_lr, a.work)
     vae.eval()
@@ -171,26 +182,22 @@ def read_vae(a):
 
 
 def train_decoder(a):
-    """The decoder alone, on whole frames, disparity maps mostly; far pixels weigh more, as in
-    AbsRel. Group normalisation sees a whole frame where the first stage saw crops: without this
-    stage every map comes out 2 % too bright, at five times the error of a crop. Latents stay as
-    they are, so this may come before or after the generator (Stable Diffusion's decoder was tuned
-    alone, too)."""
+    """The decoder alone, on whole frames, disparity maps mostly, from latents without noise.
+    Latents stay as they are, so this may come before, beside or after the generator (Stable
+    Diffusion's decoder was tuned alone, too)."""
     pictures, maps = vae_frames(a, a.decoder_frames)
     vae = read_vae(a)
-    whole = maps[0].shape[-1]
     decoder = torch.nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder})
 
     def loss_of(g, batch):
         few = batch // 4
-        rgb = to_float(crops(pictures, few, g, whole))
-        depth = crops(maps, batch - few, g, whole).repeat(1, 3, 1, 1)
+        rgb = to_float(draw(pictures, few, g))
+        depth = draw(maps, batch - few, g).repeat(1, 3, 1, 1)
         with torch.no_grad():
             z = vae.encode(torch.cat([rgb, depth])).latent_dist.mean
-        y_rgb, y = vae.decode(z).sample.float().split([len(rgb), len(depth)])
-        relative = ((y - depth).abs() / ((depth + 1) / 2 + 0.15)).mean()
-        return {"rgb": 0.5 * mae(y_rgb, rgb), "depth": relative,
-                "edges": gradient_matching(y, depth)}
+        y_rgb, y_depth = vae.decode(z).sample.float().split([len(rgb), len(depth)])
+        return {"rgb": 0.25 * reconstruction(y_rgb, rgb),
+                "depth": map_reconstruction(y_depth, depth)}
 
     minutes = fit("decoder", decoder, loss_of, a.decoder_batch, a.decoder_steps, a.decoder_lr,
                   a.work)
@@ -206,14 +213,11 @@ def vae_frames(a, count):
                        for folder in ("clean/train", "wild/labelled"))))
 
 
-def crops(stores, n, g, side=64):
-    """n random crops, as many from each store -> float [n, C, side, side]"""
-    out = []
-    for array in stores:
-        for i in torch.randint(len(array), (max(1, n // len(stores)),), generator=g):
-            y, x = (int(torch.randint(s - side + 1, (1,), generator=g)) for s in array.shape[-2:])
-            out.append(array[i, :, y : y + side, x : x + side].float())
-    return torch.stack(out)
+def draw(stores, n, g):
+    """n random frames, as many from each store -> float [n, C, H, W]"""
+    each = max(1, n // len(stores))
+    return torch.cat([array[torch.randint(len(array), (each,), generator=g)].float()
+                      for array in stores])
 
 
 def round_trip(vae, a, n=128):
@@ -239,13 +243,13 @@ def held_out_scores(predict, a, n=256):
 
 
 def new_unet(prompt_width=32):
-    """UNet of Stable Diffusion's class, 4 million parameters:
-    attention only at the coarsest level."""
+    """UNet of Stable Diffusion's class, 4 million parameters: attention only at the coarsest level
+    and with one head, for many small heads halve the speed of a CPU."""
     return UNet2DConditionModel(
-        in_channels=4, out_channels=4, block_out_channels=(48, 80, 128), layers_per_block=1,
+        in_channels=16, out_channels=16, block_out_channels=(64, 96, 112), layers_per_block=1,
         down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-        attention_head_dim=(2, 2, 4), cross_attention_dim=prompt_width, norm_num_groups=16,
+        attention_head_dim=1, cross_attention_dim=prompt_width, norm_num_groups=16,
         use_linear_projection=True)
 
 
@@ -284,7 +288,7 @@ def train_generator(a):
 
 
 def latent_store(a, model):
-    """Latents of all training pictures, [N, 4, h, w] float16, kept in --work for this encoder."""
+    """Latents of all training pictures, [N, 16, h, w] float16, kept in --work for this encoder."""
     made_by = fingerprint(model.vae, leave_out=("decoder.", "post_quant_conv."))[:12]
     file = a.work / f"latents_{made_by}_{a.generator_frames}.pt"
     if not file.exists():
@@ -302,7 +306,7 @@ def samples(a, model, n=32, steps=50):
     """Draws pictures from noise: does the generator know its world? -> assets/samples.png"""
     sampler = DDIMScheduler.from_config(model.scheduler.config)
     sampler.set_timesteps(steps)
-    x = torch.randn(n, 4, 32, 32, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(n, 16, 16, 16, generator=torch.Generator().manual_seed(1))
     for t in tqdm(sampler.timesteps, desc="sampling"):
         x = sampler.step(model.eps_hat(x, t), t, x).prev_sample
     rgb = model.vae.decode(x / model.vae.config.scaling_factor).sample.clamp(-1, 1)
@@ -314,13 +318,13 @@ def samples(a, model, n=32, steps=50):
 
 
 def new_teacher():
-    """GLPN (a SegFormer with a depth head) of a million parameters, from random weights, that looks
-    at 64 pixels: soft by nature. Forward and backward on two cores, pictures a second: 380, and 70
-    at 128 pixels; DINOv2 + DPT, the paper's class, of like size 130 and 40."""
+    """GLPN (a SegFormer with a depth head) of 1.5 million parameters, from random weights, that
+    looks at 64 pixels: soft by nature, and on two cores several times as fast as DINOv2 + DPT,
+    the paper's class."""
     from transformers import GLPNConfig, GLPNForDepthEstimation
 
     config = GLPNConfig(
-        depths=[1, 1, 2, 1], hidden_sizes=[32, 64, 128, 192], sr_ratios=[4, 2, 1, 1],
+        depths=[1, 2, 3, 2], hidden_sizes=[32, 64, 128, 192], sr_ratios=[4, 2, 1, 1],
         num_attention_heads=[1, 2, 4, 8], mlp_ratios=[2, 2, 2, 2], drop_path_rate=0.0,
         decoder_hidden_size=32, max_depth=1)
     preprocessing = {
@@ -350,7 +354,10 @@ def train_teacher(a):
         flip = torch.rand(batch, 1, 1, 1, generator=g) < 0.5
         x, target = (torch.where(flip, m[i].flip(-1), m[i]).float() for m in (x_all, target_all))
         out = teacher.net(x).predicted_depth.float()[:, None]
-        return {"mae": mae(out, target), "edges": gradient_matching(out, target)}
+        fitted = fit_affine(out, target)
+        weight = 1 / (target + 0.25)  # far pixels weigh more, as in AbsRel
+        return {"aligned": ((fitted - target).abs() * weight).mean(),
+                "edges": gradient_matching(fitted, target), "range": 0.2 * mae(out, target)}
 
     minutes = fit("teacher", teacher.net, loss_of, a.teacher_batch, a.teacher_steps, a.teacher_lr,
                   a.work)
@@ -358,6 +365,15 @@ def train_teacher(a):
     (a.out / "teacher/preprocessor_config.json").write_text(
         json.dumps(teacher.config, indent=1) + "\n")
     card(a, "teacher", minutes, a.teacher_steps, teacher.net, teacher_scores(a))
+
+
+def fit_affine(x, target):
+    """Scale and shift of each x [B, 1, H, W] to its target by least squares, as in evaluation:
+    what no picture tells is not asked for."""
+    dx, dt = (m - m.mean((1, 2, 3), keepdim=True) for m in (x, target))
+    scale = (dx * dt).mean((1, 2, 3), keepdim=True) / ((dx * dx).mean((1, 2, 3), keepdim=True)
+                                                       + 1e-3)
+    return dx * scale + target.mean((1, 2, 3), keepdim=True)
 
 
 def blur(x, sigma):
@@ -428,10 +444,10 @@ def main(argv=None):
         help="states to resume from, and logs")
     add("--assets", type=Path, default=here.parent / "assets",
         help="where the generator's samples are drawn")
-    for stage, steps, batch, lr, frames in (("vae", 2600, 32, 1e-3, 8000),
-                                            ("decoder", 800, 8, 4e-4, 8000),
-                                            ("generator", 1100, 32, 1e-3, 8000),
-                                            ("teacher", 1700, 64, 1.5e-3, 8000)):
+    for stage, steps, batch, lr, frames in (("vae", 2600, 16, 1e-3, 8000),
+                                            ("decoder", 1000, 8, 4e-4, 8000),
+                                            ("generator", 6000, 64, 1e-3, 8000),
+                                            ("teacher", 7000, 64, 1.5e-3, 16000)):
         add(f"--{stage}_steps", type=int, default=steps, help="optimiser steps")
         add(f"--{stage}_batch", type=int, default=batch, help="pictures a step")
         add(f"--{stage}_lr", type=float, default=lr, help="peak learning rate")

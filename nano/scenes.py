@@ -1,6 +1,6 @@
 """The small world: ray-cast rooms and yards with exact depth, in numpy.
 
-    python nano/scenes.py            # nano/data: 24,000 frames of 128x128, minutes, on all cores
+    python nano/scenes.py            # nano/data: 32,000 frames of 128x128, minutes, on all cores
     python nano/scenes.py OUT --clean 500 --wild 500 --labelled 0 --test 64 --size 96
 
 Two styles with a real gap between them, in the roles of the paper's two kinds of data (Sec. 4.1):
@@ -356,13 +356,13 @@ def build(seed, style):
     def three():
         return [skin(g, style) for _ in range(3)]
 
-    height = g.uniform(0.5, 2.4) if wild else g.uniform(1.0, 1.8)
-    pitch = g.uniform(-0.1, 0.45) if wild else g.uniform(0.0, 0.3)
+    height = g.uniform(0.9, 2.2) if wild else g.uniform(1.0, 1.8)
+    pitch = g.uniform(-0.05, 0.4) if wild else g.uniform(0.0, 0.3)
     roll = g.normal(0, 0.06 if wild else 0.01)
     fov = math.radians(g.uniform(40, 85) if wild else g.uniform(55, 75))
     spread = math.tan(fov / 2)
     if room:
-        w, deep, h = g.uniform(1.6, 4.5), g.uniform(3.0, 9.5), g.uniform(2.3, 3.6)
+        w, deep, h = g.uniform(1.6, 4.5), g.uniform(2.5, 6.0), g.uniform(2.3, 3.6)
         height = min(height, h - 0.4)
         eye = np.array([g.uniform(-0.4, 0.4) * w, height, 0])
         floor, wall, roof = (skin(g, style), skin(g, style),
@@ -379,12 +379,12 @@ def build(seed, style):
                 int(g.integers(5, 13)) if wild else int(g.integers(4, 10)),
                 lambda z: g.uniform(-1, 1) * min(w - 0.3,
                                                  eye[0] + (z + 0.3) * spread * 1.1 + 0.2),
-                (1.2, deep - 0.4), eye, three)
+                (1.5, deep - 0.3), eye, three)
     else:
         eye, yaw = np.array([0, height, 0.0]), 0.0
         prims.append(Prim("ground", np.zeros(3), np.eye(3), np.ones(3), (skin(g, style),) * 3))
         light = np.array([g.normal(0, 1), g.uniform(0.5, 1.5), g.normal(-0.3, 0.8)])
-        back = g.uniform(7, 22)
+        back = g.uniform(5, 14)
         x = -back * spread * 1.3
         # a street front, a hedge or hills behind
         while x < back * spread * 1.3 and g.random() < 0.93:
@@ -396,7 +396,7 @@ def build(seed, style):
             place(prims, [part], np.array([x + w, 0, z]), g.normal(0, 0.2), 1, three())
             x += 2 * w * g.uniform(0.8, 1.2)
         furnish(g, style, prims, OUTDOOR[style], int(g.integers(5, 12)),
-                lambda z: g.uniform(-1.1, 1.1) * z * spread, (2.0, min(back, 14)), eye, three)
+                lambda z: g.uniform(-1.1, 1.1) * z * spread, (2.5, min(back, 12)), eye, three)
     warm = (np.array([1, g.uniform(0.75, 1), g.uniform(0.5, 1.1)]) if wild
             else np.array([1, 0.97, 0.92]))
     sky = np.array([[0.35, 0.55, 0.95], [0.8, 0.88, 1]])
@@ -663,7 +663,7 @@ def main(argv=None):
                         help="frames of clean/train (image and depth): the synthetic set")
     parser.add_argument("--wild", type=int, default=8000,
                         help="frames of wild/train (images only): the real set")
-    parser.add_argument("--labelled", type=int, default=8000,
+    parser.add_argument("--labelled", type=int, default=16000,
                         help="frames of wild/labelled (image and depth): "
                              "only the teacher sees them")
     parser.add_argument("--test", type=int, default=256,
