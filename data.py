@@ -110,6 +110,16 @@ class Folder:
             raise BadFrame(f"{name} cannot be read ({error.strerror})") from error
 
 
+def open_root(name, path, shards=False):
+    """The root of a set, a folder or a .tar, to read from."""
+    if path.is_dir():
+        return Folder(path, shards)
+    if path.is_file() and path.suffix.lower() == ".tar":
+        return Tar(path)
+    raise UserError(f"--data {name}={path}: expected a folder or a .tar file, found "
+                    + ("another kind of file" if path.exists() else "nothing there"))
+
+
 # --------------------------------------------------------------------------------------- decoders
 
 def load(data, what="picture"):
@@ -513,7 +523,7 @@ class FrameSet(Dataset):
     def __init__(self, name, path, list_file=None, space="disparity", size=None, cap=None):
         self.name, self.path, self.space = name, Path(path), space
         rows = [row for row in SETS + TEST_SETS if row.name == name]
-        self.store = self.open_root(shards=rows[0].depth is None)
+        self.store = open_root(name, self.path, shards=rows[0].depth is None)
         names = set(self.store.names())
         pairs = rows[0].depth is not None and not rows[0].matte
         listed = list_file and read_list(list_file, names, pairs)
@@ -532,14 +542,6 @@ class FrameSet(Dataset):
         self.keep = size is None and self.layout.size is None
         first = self.probe()        # now: a missing h5py must not wait for a worker
         self.size = size or self.layout.size or first
-
-    def open_root(self, shards):
-        if self.path.is_dir():
-            return Folder(self.path, shards)
-        if self.path.is_file() and self.path.suffix.lower() == ".tar":
-            return Tar(self.path)
-        raise UserError(f"--data {self.name}={self.path}: expected a folder or a .tar file, found "
-                        + ("another kind of file" if self.path.exists() else "nothing there"))
 
     def misfit(self, rows, where, found):
         expected = ", or ".join(row.what for row in rows)
@@ -579,14 +581,15 @@ class FrameSet(Dataset):
     def read(self, i):
         """-> rgb uint8 [H, W, 3], depth float32 [H, W] metres, valid [H, W] bool (or None, None).
 
-        At the stored size, after the layout's crop. NaN and inf become 0, which is never valid; with
-        the layout's `sky`, what is farther than far becomes far. A matte is its alpha, all valid.
+        At the stored size, after the layout's crop. NaN and inf become 0, never valid; with the
+        layout's `sky`, what is farther than far becomes far. A matte is its alpha, all valid.
         """
         frame, row = self.frames[i], self.layout
         rgb = open_image(self.store.read(frame.rgb), upright=frame.depth is None)
         if frame.depth is None:
             return rgb, None, None
-        more = [w if w is None else w[1:] if w[0] == "=" else self.store.read(w) for w in frame.more]
+        more = [word if word is None else word[1:] if word[0] == "=" else self.store.read(word)
+                for word in frame.more]
         depth = row.decode(self.store.read(frame.depth), *more).astype(np.float32)
         if rgb.shape[:2] != depth.shape:
             raise BadFrame("picture of {}x{} and {} of {}x{} pixels".format(
@@ -688,7 +691,8 @@ class MixedBatches(Dataset):
         photos = [] if self.real is None else self.take(self.real, m, bad)
         rgb, depth, mask = (torch.stack(maps) for maps in list(zip(*pairs))[:3])
         real = torch.stack([photo.rgb for photo in photos]) if photos else None
-        labels = torch.stack([p.depth for p in photos]) if photos and photos[0].depth is not None else None
+        kept = photos and photos[0].depth is not None
+        labels = torch.stack([photo.depth for photo in photos]) if kept else None
         return Batch(rgb, depth, mask, real, labels, [s.name for s in pairs + photos], bad)
 
     def take(self, frames, turn, bad):

@@ -1,30 +1,42 @@
-"""Scores: AbsRel and delta1 after alignment (Marigold's protocol, Table 1) and boundary F1
-(Depth Pro's, Table 2), on numpy arrays.
+"""The paper's tables: aligned depth (Table 1), boundaries (Table 2), running time (Table 3).
 
     python evaluate.py         # FiffDepth, its teacher and a vertical ramp on held-out wild scenes
-    python evaluate.py --checkpoint DIR --teacher DIR --data nano=FOLDER
+    python evaluate.py --checkpoint runs/sd2 --data nyu=nyu_labeled_extracted.tar da2k=DA-2K
+    python evaluate.py --predictions maps/ --space depth --data nyu=/data/nyu   # anyone's maps
+    python evaluate.py --speed                                                  # Table 3
 
-Per image: align to the truth, clip to the set's range, score on its valid pixels; then the plain
-mean over images. The sets of the paper's tables come with the next version; the small world's
-folders work now.
+Read top to bottom: metrics on arrays (numpy in, floats out) -> TESTS (what decides each number:
+size, alignment, range) -> predictors -> one image to a row -> the loop -> tables. Each scored image
+is a line of --out at once: an interrupted run goes on, nothing is computed twice, and memory does
+not grow. An image without a score is counted and named, never averaged in.
 """
 import argparse
+import collections
+import hashlib
+import io
+import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import BadFrame, FrameSet, UserError, parse_sources
-from infer import predict_image
-from model import FiffDepth, Teacher
+from data import (SETS, TEST_SETS, BadFrame, FrameSet, UserError, open_image, open_root,
+                  parse_sources)
+from infer import FAILURES, explain, load_model, predict_batch
+from model import Teacher
 
 HERE = Path(__file__).resolve().parent
-FLOOR = 1e-6
+THRESHOLDS = np.linspace(1.05, 1.25, 10)  # of boundaries, as ratios of depth; they are weights too
 
 
-def align(pred, depth, mask, space="disparity", lowest=1e-3):
+# ---------------------------------------------------------------- Table 1: aligned depth
+
+
+def align(pred, depth, mask, space="disparity", lowest=1e-3, max_res=None):
     """Least-squares scale and shift per image, then metres (Sec. 4.2, Marigold's protocol).
 
     pred [H, W] affine-invariant; depth [H, W] metres; mask bool [H, W] -> aligned depth [H, W]
@@ -32,17 +44,24 @@ def align(pred, depth, mask, space="disparity", lowest=1e-3):
     space="depth": fits s·pred + t to depth. space="disparity": fits it to 1/depth on the valid
     pixels with pred > 0, clips at `lowest` (1/m) and inverts. All-NaN when fewer than two pixels
     can be fitted.
+    max_res: where the longer side exceeds it, every so many columns enter the fit, all rows do
+    (meant as a smaller picture, but this is what the public code does).
     """
     pred, depth = np.asarray(pred, np.float64), np.asarray(depth, np.float64)
     fit = (np.broadcast_to(np.asarray(mask, bool), depth.shape) & (depth > 0) & np.isfinite(depth)
            & np.isfinite(pred))
     if space == "disparity":
         fit = fit & (pred > 0)
+    columns = slice(None)
+    if max_res and max(depth.shape) > max_res:
+        share = max_res / max(depth.shape)
+        columns = (np.arange(int(depth.shape[1] * share)) / share).astype(int)
+    fit, x, y = fit[:, columns], pred[:, columns], depth[:, columns]
     if fit.sum() < 2:
         return np.full(depth.shape, np.nan)
-    target = 1 / depth[fit] if space == "disparity" else depth[fit]
-    columns = np.stack([pred[fit], np.ones(fit.sum())], 1)
-    (scale, shift), *_ = np.linalg.lstsq(columns, target, rcond=None)
+    target = 1 / y[fit] if space == "disparity" else y[fit]
+    terms = np.stack([x[fit], np.ones(fit.sum())], 1)
+    (scale, shift), *_ = np.linalg.lstsq(terms, target, rcond=None)
     aligned = scale * pred + shift
     return 1 / np.maximum(aligned, lowest) if space == "disparity" else np.maximum(aligned, 1e-6)
 
@@ -53,14 +72,29 @@ def abs_rel(pred, depth, mask):
     return float(np.mean(np.abs(p - d) / d)) if d.size else float("nan")
 
 
-def delta1(pred, depth, mask):
-    """Share of pixels with max(pred/depth, depth/pred) < 1.25 over the mask, metres [H, W] both;
-    NaN for an empty mask or a prediction that is not finite there."""
+def delta1(pred, depth, mask, threshold=1.25):
+    """Share of pixels with max(pred/depth, depth/pred) < threshold over the mask, metres [H, W]
+    both; NaN for an empty mask or a prediction that is not finite there."""
     p, d = masked(pred, depth, mask)
     if not d.size or not np.isfinite(p).all():
         return float("nan")
     positive = np.maximum(p, 1e-6)
-    return float(np.mean(np.maximum(positive / d, d / positive) < 1.25))
+    return float(np.mean(np.maximum(positive / d, d / positive) < threshold))
+
+
+def other_metrics(pred, depth, mask):
+    """The field's other metrics over the mask, metres [H, W] both -> dict; RMSE in metres, the
+    logarithms natural but for log10, SILog times 100 (Eigen's, without the factor 1/2)."""
+    p, d = masked(pred, depth, mask)
+    if not d.size or not np.isfinite(p).all():
+        return dict.fromkeys(("rmse", "rmse_log", "log10", "silog", "delta2", "delta3"), np.nan)
+    log = np.log(np.maximum(p, 1e-6)) - np.log(d)
+    return {"rmse": float(np.sqrt(np.mean((p - d) ** 2))),
+            "rmse_log": float(np.sqrt(np.mean(log ** 2))),
+            "log10": float(np.mean(np.abs(log)) / np.log(10)),
+            "silog": float(100 * np.std(log)),
+            "delta2": delta1(pred, depth, mask, 1.25 ** 2),
+            "delta3": delta1(pred, depth, mask, 1.25 ** 3)}
 
 
 def masked(pred, depth, mask):
@@ -70,129 +104,710 @@ def masked(pred, depth, mask):
     return np.asarray(pred, np.float64)[mask], depth[mask]
 
 
+# ---------------------------------------------------------------- Table 1: pairs of points
+
+
+def pair_accuracy(pred, pairs, space="disparity"):
+    """DA-2K: share of the pairs in which the nearer point is predicted nearer; ties are wrong.
+
+    pred [H, W], larger is nearer ("disparity") or farther ("depth", "metric"); pairs int [n, 4]:
+    row and column of the nearer point, then of the farther. NaN without pairs.
+    """
+    pairs = np.asarray(pairs, int).reshape(-1, 4)
+    near, far = pred[pairs[:, 0], pairs[:, 1]], pred[pairs[:, 2], pairs[:, 3]]
+    right = near > far if space == "disparity" else near < far
+    return float(right.mean()) if len(pairs) else float("nan")
+
+
+def random_pairs(depth, valid, seed, n=64, ratio=1.1):
+    """Pairs as DA-2K's for a scene with exact depth: int [<= n, 4], the nearer point first. Both
+    valid, the farther at least `ratio` times as far."""
+    places = np.argwhere(valid)
+    a, b = np.random.default_rng(seed).integers(len(places), size=(2, 8 * n))
+    first, second = places[a], places[b]
+    d1, d2 = depth[tuple(first.T)], depth[tuple(second.T)]
+    pairs = np.where((d1 < d2)[:, None], np.hstack([first, second]), np.hstack([second, first]))
+    return pairs[np.maximum(d1, d2) > ratio * np.minimum(d1, d2)][:n]
+
+
+# ---------------------------------------------------------------- Table 2: boundaries
+
+
 def boundary_f1(pred_depth, depth, mask=None):
     """Depth Pro's scale-invariant boundary F1 of depth maps [H, W], not disparity.
 
     A pair of neighbours is a boundary in one of four directions when one is nearer by the factor t;
-    recall and precision are averaged over the directions, F1 over ten thresholds with weight t.
+    recall and precision are averaged over the directions, F1 over ten thresholds with weight t. So
+    a perfect map scores 0.25 when all its boundaries face one way (as the public code does).
     mask: count only pairs of valid pixels; NaN when it is empty or the prediction is not finite.
     """
     if mask is not None:
         mask = np.broadcast_to(np.asarray(mask, bool), np.shape(depth))
         if not mask.any() or not np.isfinite(np.asarray(pred_depth)[mask]).all():
             return float("nan")
-    pred, true = (1 / np.maximum(np.asarray(x, np.float64), 1e-6) for x in (pred_depth, depth))
-    thresholds = np.linspace(1.05, 1.25, 10)
+    pred, true = ratios(invert(pred_depth), mask), ratios(invert(depth), mask)
     scores = []
-    for t in thresholds:
-        hits = [(p & g, p, g) for p, g in zip(relations(pred, t, mask), relations(true, t, mask))]
-        recall = np.mean([b.sum() / max(g.sum(), 1) for b, _, g in hits])
-        precision = np.mean([b.sum() / max(p.sum(), 1) for b, p, _ in hits])
-        both = recall + precision
-        scores.append(2 * recall * precision / both if both > 0 else 0.0)
-    return float(np.sum(thresholds / thresholds.sum() * scores))
+    for t in THRESHOLDS:
+        counts = [[np.count_nonzero(x) for x in ((p > t) & (g > t), p > t, g > t)]
+                  for p, g in zip(pred, true)]
+        recall = sum(both / max(g, 1) for both, _, g in counts) / 4
+        precision = sum(both / max(p, 1) for both, p, _ in counts) / 4
+        scores.append(2 * recall * precision / (recall + precision) if recall + precision else 0.0)
+    return float(np.sum(np.array(scores) * (THRESHOLDS / THRESHOLDS.sum())))
 
 
-def relations(inverse, t, mask):
-    """right, left, bottom, top: which of two neighbours in `inverse` [H, W] is nearer by more
-    than t. Infinitely far beside infinitely far is no boundary."""
-    pairs = ((inverse[:, 1:], inverse[:, :-1]), (inverse[1:], inverse[:-1]))
-    valid = (True, True) if mask is None else (mask[:, 1:] & mask[:, :-1], mask[1:] & mask[:-1])
+def invert(depth):
+    """1 / depth in the precision it comes in; holes and what is behind the camera: very near."""
+    return 1.0 / np.asarray(depth).clip(min=1e-6)
+
+
+def ratios(inverse, mask=None):
+    """left, top, right, bottom: how much nearer each pixel of a pair is than its neighbour; 0 for a
+    pair that the mask excludes. Infinitely far beside infinitely far is NaN: no boundary."""
+    pairs = [(inverse[:, :-1], inverse[:, 1:]), (inverse[:-1], inverse[1:])]
+    both = (1, 1) if mask is None else (mask[:, 1:] & mask[:, :-1], mask[1:] & mask[:-1])
     with np.errstate(divide="ignore", invalid="ignore"):
-        return [(a / b > t) & v for (x, y), v in zip(pairs, valid) for a, b in ((x, y), (y, x))]
+        near_first = [np.where(v, a / b, 0) for (a, b), v in zip(pairs, both)]
+        near_last = [np.where(v, b / a, 0) for (a, b), v in zip(pairs, both)]
+    return near_first + near_last
+
+
+def boundary_recall(pred_depth, alpha):
+    """Depth Pro's boundary recall against a matte or mask [H, W] in [0, 1] (or 0 and 255).
+
+    The object, alpha > 0.1, counts as nearer than what surrounds it. Boundaries of the prediction
+    are thinned: of neighbouring pairs above a threshold only the largest ratio stays. Averaged over
+    four directions, then over ten thresholds with weight t.
+    """
+    inverse, inside = invert(pred_depth), np.asarray(alpha) > 0.1
+    recalls = []
+    for D, b in ((inverse, inside), (inverse.T, inside.T)):
+        for near, far, edge in ((D[:, :-1], D[:, 1:], b[:, :-1] & ~b[:, 1:]),
+                                (D[:, 1:], D[:, :-1], b[:, 1:] & ~b[:, :-1])):
+            kept = thinned(near, far, *np.nonzero(edge))
+            recalls.append(kept.sum(1) / max(kept.shape[1], 1))
+    left, right, top, bottom = recalls
+    recall = 0.25 * (left + top + right + bottom)
+    return float(np.sum(recall * (THRESHOLDS / THRESHOLDS.sum())))
+
+
+def thinned(near, far, y, x):
+    """Which of the pairs (y, x) stay at each threshold, when of each run of neighbouring pairs in a
+    row whose ratio near / far exceeds it only the largest stays, the first on ties.
+
+    near, far [H, W]; y, x int [n] -> bool [thresholds, n]
+
+    A pair stays at t when its ratio exceeds t and, on either side, some ratio <= t ends the run
+    before a larger one comes. So walk away from each pair until a larger ratio comes, and remember
+    the smallest on the way: from that t upwards it stays. Pairs not asked for cost nothing.
+    """
+    def ratio(rows, at):
+        inside = (at >= 0) & (at < near.shape[1])
+        at = np.where(inside, at, 0)
+        return np.where(inside, near[rows, at] / far[rows, at], np.nan)
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        peak = ratio(y, x)
+        barrier = np.full(len(x), -np.inf)
+        for step in (-1, 1):
+            going, lowest, distance = np.flatnonzero(peak > THRESHOLDS[0]), peak.copy(), 0
+            while going.size:
+                distance += step
+                r = ratio(y[going], x[going] + distance)
+                beaten = r >= peak[going] if step < 0 else r > peak[going]
+                lost = going[beaten]
+                barrier[lost] = np.maximum(barrier[lost], lowest[lost])
+                on = ~beaten & (r > THRESHOLDS[0])  # NaN, the end of the row, ends a run too
+                going = going[on]
+                lowest[going] = np.minimum(lowest[going], r[on])
+    t = THRESHOLDS[:, None]
+    return (peak > t) & (barrier <= t)
+
+
+def positive_depth(pred, space):
+    """A relative map as depth > 0 without looking at the truth, for the boundary metrics, which
+    forgive a scale but no shift (mode "raw"). The two constants are a choice and move the score:
+    disparity x -> 1 / max(x, max(x) / 1000), depth d in [0, 1] -> d + 0.01; metric depth stays."""
+    if space == "disparity":
+        return 1 / np.maximum(pred, max(1e-3 * float(np.max(pred)), 1e-12))
+    return pred + 0.01 if space == "depth" else pred
 
 
 def score(pred, depth, valid, space, layout):
-    """A relative map in [0, 1] against the truth -> AbsRel, delta1, boundary F1 (aligned).
-
-    In order: least squares, clip to the layout's range, metrics on the valid pixels. FLOOR keeps a
-    far end that is exactly 0 inside the fit, from which align leaves out disparities of 0.
-    """
-    aligned = np.clip(align(pred + FLOOR, depth, valid, space), layout.near, layout.far)
+    """A relative map against the truth -> AbsRel, delta1, boundary F1: least squares, clip to the
+    layout's range, metrics on the valid pixels."""
+    aligned = np.clip(align(pred, depth, valid, space), layout.near, layout.far)
     return tuple(metric(aligned, depth, valid) for metric in (abs_rel, delta1, boundary_f1))
 
 
-# ---------------------------------------------------------------- the small world's table
+# ---------------------------------------------------------------- what decides each number
 
 
-def scores_of(predict, space, frames):
-    """predict: uint8 [H, W, 3] -> map [H, W]. The means of AbsRel, delta1 and boundary F1 over a
-    FrameSet, and the images without a score (unreadable, no valid pixel, prediction not finite)."""
-    rows, without = [], []
-    for i in tqdm(range(len(frames)), desc=frames.name, leave=False):
-        try:
-            rgb, depth, valid = frames.read(i)
-            row = score(predict(rgb), depth, valid, space, frames.layout)
-            reason = "no valid pixel, or a prediction that is not finite"
-        except BadFrame as error:
-            row, reason = (np.nan,), error
-        if np.isfinite(row).all():
-            rows.append(row)
-        else:
-            without.append(f"{frames.frames[i].rgb}: {reason}")
-    return np.mean(rows, 0) if rows else np.full(3, np.nan), without
+class Test(NamedTuple):
+    """How a set of data.SETS or data.TEST_SETS is scored."""
+    title: str
+    table: int                # of the paper; 0: none of them
+    measure: str              # depth, small, pairs, f1 or recall: see MEASURES
+    sizes: tuple = (0,)       # longer side in the network, pixels; 0: as stored
+    clip: tuple = ()          # metres, of aligned maps; (): the layout's near and far
+    max_res: int = 0          # see align
+    stride: int = 1           # every so many images
 
 
-def small_world(a):
-    """The predictors to compare: name -> (function, space)."""
-    model, teacher = FiffDepth.from_pretrained(a.checkpoint), Teacher.from_pretrained(a.teacher)
+# Sizes, ranges and alignment of Table 1 are Marigold's. For the boundary sets and DA-2K the paper
+# names no size: 768, Stable Diffusion 2's, and the picture's own, as two rows.
+TESTS = {
+    "nyu": Test("NYUv2", 1, "depth"),
+    "kitti": Test("KITTI", 1, "depth"),
+    "eth3d": Test("ETH3D", 1, "depth", (756,), max_res=1024),
+    "scannet": Test("ScanNet", 1, "depth"),
+    "diode": Test("DIODE-Full", 1, "depth", (640,), (0.6, 350.0)),
+    "da2k": Test("DA-2K", 1, "pairs", (768, 0)),
+    "sintel": Test("Sintel F1", 2, "f1", (768, 0)),
+    "sintel-clean": Test("Sintel clean F1", 2, "f1", (768, 0)),
+    "spring": Test("Spring F1", 2, "f1", (768, 0), stride=5),
+    "ibims": Test("iBims F1", 2, "f1", (768, 0)),
+    "am2k": Test("AM R", 2, "recall", (768, 0)),
+    "p3m": Test("P3M R", 2, "recall", (768, 0)),
+    "p3m-p": Test("P3M-P R", 2, "recall", (768, 0)),
+    "dis5k": Test("DIS R", 2, "recall", (768, 0)),
+    "nano": Test("small world", 0, "small"),
+    "hypersim": Test("Hypersim", 0, "depth"),
+    "vkitti": Test("Virtual KITTI 2", 0, "depth"),
+}
 
-    def taught(rgb):
-        return teacher(torch.tensor(rgb).permute(2, 0, 1)[None].float() / 127.5 - 1)[0].numpy()
+# The paper's Table 1 (AbsRel % / delta1 %, DA-2K %) and 2 (F1 or recall), as printed.
+PAPER_1 = """
+DiverseDepth | 11.7 / 87.5 | 19.0 / 70.4 | 22.8 / 69.4 | 10.9 / 88.2 | 37.6 / 63.1 | 79.3
+MiDaS | 11.1 / 88.5 | 23.6 / 63.0 | 18.4 / 75.2 | 12.1 / 84.6 | 33.2 / 71.5 | 80.6
+LeReS | 9.0 / 91.6 | 14.9 / 78.4 | 17.1 / 77.7 | 9.1 / 91.7 | 27.1 / 76.6 | 81.1
+Omnidata v2 | 7.4 / 94.5 | 14.9 / 83.5 | 16.6 / 77.8 | 7.5 / 93.6 | 33.9 / 74.2 | 76.8
+HDN | 6.9 / 94.8 | 11.5 / 86.7 | 12.1 / 83.3 | 8.0 / 93.9 | 24.6 / 78.0 | 85.7
+DPT | 9.8 / 90.3 | 10.0 / 90.1 | 7.8 / 94.6 | 8.2 / 93.4 | 18.2 / 75.8 | 83.2
+Marigold | 5.5 / 96.4 | 9.9 / 91.6 | 6.4 / 96.0 | 6.4 / 95.1 | 30.8 / 77.3 | 86.8
+e2e-ft | 5.2 / 96.6 | 9.6 / 91.9 | 6.4 / 95.9 | 5.8 / 96.2 | 30.2 / 77.9 | 83.6
+DepthFM | 6.5 / 95.6 | 8.3 / 93.4 | 7.8 / 95.9 | 6.8 / 94.9 | 24.5 / 74.1 | 85.8
+GenPercept | 5.6 / 96.0 | 13.0 / 84.2 | 7.0 / 95.6 | 6.2 / 96.1 | 30.7 / 77.6 | 85.1
+Lotus-D | 5.3 / 96.7 | 8.1 / 92.8 | 6.5 / 95.3 | 5.8 / 96.3 | 29.9 / 78.1 | 86.8
+Lotus-G | 5.4 / 96.6 | 8.5 / 87.7 | 6.2 / 96.1 | 6.0 / 96.0 | 29.4 / 78.5 | 86.2
+GeoWizard | 5.2 / 96.6 | 9.7 / 92.1 | 6.4 / 96.1 | 6.1 / 95.3 | 29.7 / 79.2 | 88.1
+Depth Anything v1-L | 4.3 / 98.1 | 7.6 / 94.7 | 12.7 / 88.2 | 4.2 / 98.0 | 27.7 / 75.9 | 88.5
+Depth Anything v2-L | 4.5 / 97.9 | 7.4 / 94.6 | 13.1 / 86.5 | 4.2 / 97.8 | 26.2 / 75.4 | 97.1
+FiffDepth (paper) | 4.4 / 97.8 | 7.3 / 93.5 | 7.1 / 97.2 | 4.2 / 97.9 | 23.9 / 78.1 | 97.1
+"""
+PAPER_2 = """
+Depth Anything v2 | 0.228 | 0.056 | 0.111 | 0.107 | 0.131 | 0.056
+Depth Pro | 0.409 | 0.079 | 0.176 | 0.173 | 0.168 | 0.077
+FiffDepth (paper) | 0.423 | 0.086 | 0.189 | 0.176 | 0.179 | 0.091
+"""
+COLUMNS = {1: ("nyu", "kitti", "eth3d", "scannet", "diode", "da2k"),
+           2: ("sintel", "spring", "ibims", "am2k", "p3m", "dis5k")}
 
-    def ramp(rgb):
+# What a measure puts into a row, and how the line of a set prints it: key -> (title, format).
+PERCENT, PLAIN = "{:.2%}", "{:.3f}"
+DEPTH = {"abs_rel": ("AbsRel", PERCENT), "delta1": ("delta1", PERCENT)}
+OTHERS = {"rmse": ("RMSE m", PLAIN), "rmse_log": ("RMSE log", PLAIN), "log10": ("log10", PLAIN),
+          "silog": ("SILog", "{:.2f}"), "delta2": ("delta2", PERCENT),
+          "delta3": ("delta3", PERCENT)}
+MEASURES = {
+    "depth": DEPTH | OTHERS,
+    "small": DEPTH | {"f1_aligned": ("boundary F1 (aligned)", PLAIN),
+                      "pairs_right": ("pairs", PERCENT)} | OTHERS,
+    "f1": {"f1_raw": ("F1 (raw)", PLAIN), "f1_aligned": ("F1 (aligned)", PLAIN),
+           "f1_metric": ("F1 (metric)", PLAIN)},
+    "recall": {"recall_raw": ("recall (raw)", PLAIN), "recall_metric": ("recall (metric)", PLAIN)},
+    "pairs": {},
+}
+
+
+# ---------------------------------------------------------------- predictors
+
+
+class Predictor(NamedTuple):
+    title: str
+    space: str                # of its maps: disparity, depth or metric
+    predict: Callable         # (set name, image name, uint8 [H, W, 3], size) -> map [H, W]
+    identity: str             # changes with its weights
+    version: Callable = lambda name, image: ""    # of the map of one image, where that is a file
+    sized: bool = True        # does `size` matter to it?
+
+
+def identity(*nets):
+    """A short digest of some numbers of every weight: another training gives another."""
+    digest = hashlib.sha1()
+    for net in nets:
+        for name, value in net.state_dict().items():
+            some = value.detach().reshape(-1)[::max(1, value.numel() // 64)].float().cpu().numpy()
+            digest.update(name.encode() + some.tobytes())
+    return digest.hexdigest()[:12]
+
+
+def fiffdepth(a):
+    model, where = load_model(a)
+
+    def predict(_, image, rgb, size):
+        return predict_batch(model, rgb[None], size or max(rgb.shape[:2]), enlarge=True)[0]
+
+    of = f"{a.checkpoint} {where} {a.vae or ''} {identity(model.unet, model.vae)}"
+    return Predictor("FiffDepth", model.info["target"], predict, of)
+
+
+def teacher(path):
+    net = Teacher.from_pretrained(path)
+
+    def predict(_, image, rgb, size):
+        x = torch.tensor(rgb).permute(2, 0, 1)[None].float() / 127.5 - 1
+        return net(x)[0].numpy()
+
+    return Predictor("teacher", "disparity", predict, f"{path} {identity(net)}", sized=False)
+
+
+def ramp():
+    def predict(_, image, rgb, size):
         return np.linspace(0, 1, len(rgb))[:, None] * np.ones(rgb.shape[1])
 
-    return {"FiffDepth": (lambda rgb: predict_image(model, rgb), model.info["target"]),
-            "teacher": (taught, "disparity"), "vertical ramp": (ramp, "disparity")}
+    return Predictor("vertical ramp", "disparity", predict, "ramp", sized=False)
 
 
-def run(a):
+def other_program(folder, space):
+    """Maps that another program saved as .npy, in the sub-folders of the pictures: NAME.npy,
+    NAME_depth.npy (infer.py) or pred_ID.npy (Marigold), below folder/SET/ or folder/."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"--predictions {folder}: there is no such folder")
+
+    def find(name, image):
+        path = Path(image)
+        stem, rest = path.stem, path.stem.partition("_")[2]
+        tries = [f"{stem}.npy", f"{stem}_depth.npy", f"{stem}_{path.suffix[1:]}_depth.npy",
+                 f"pred_{stem}.npy"] + [f"pred_{rest}.npy"] * bool(rest)
+        places = [root / path.parent / file for root in (folder / name, folder) for file in tries]
+        return next((place for place in places if place.exists()), None)
+
+    def predict(name, image, rgb, size):
+        file = find(name, image)
+        if file is None:
+            raise BadFrame(f"no prediction below {folder}")
+        try:
+            values = np.load(io.BytesIO(file.read_bytes())).squeeze()
+        except (ValueError, OSError, EOFError) as error:
+            raise BadFrame(f"prediction {file} is not a .npy file of numbers ({error})") from error
+        if values.shape != rgb.shape[:2]:
+            raise BadFrame("prediction of {} and picture of {}x{} pixels".format(
+                "x".join(map(str, values.shape)), *rgb.shape[:2]))
+        return values.astype(np.float32)
+
+    def version(name, image):
+        file = find(name, image)
+        return "" if file is None else f"{file.stat().st_size} {file.stat().st_mtime_ns}"
+
+    return Predictor(str(folder), space, predict, str(folder.resolve()), version, sized=False)
+
+
+# ---------------------------------------------------------------- one image -> one row
+
+
+def checked(pred):
+    """A map -> the same as float64; NaN and constant ones are no predictions."""
+    if not np.isfinite(pred).all():
+        raise BadFrame("the prediction is not finite everywhere")
+    if pred.min() == pred.max():
+        raise BadFrame("the prediction is constant")
+    return pred.astype(np.float64)
+
+
+def score_depth(pred, depth, valid, test, layout, kind, space, seed):
+    """One row of a set with depth. kind: what the map is; space: where it is aligned."""
+    if not valid.any():
+        raise BadFrame("no valid pixel")
+    low, high = test.clip or (layout.near, layout.far)
+    aligned = align(pred, depth, valid, space, max_res=test.max_res)
+    if not np.isfinite(aligned).all():
+        raise BadFrame("the prediction cannot be aligned: fewer than two pixels above 0")
+    aligned = np.clip(aligned, max(low, 1e-6), high)
+    if test.measure == "f1":
+        row = {"f1_aligned": boundary_f1(aligned, depth, valid)}
+        mode = "f1_metric" if kind == "metric" else "f1_raw"
+        return row | {mode: boundary_f1(positive_depth(pred, kind), depth, valid)}
+    row = {"abs_rel": abs_rel(aligned, depth, valid), "delta1": delta1(aligned, depth, valid)}
+    if test.measure == "small":
+        pairs = random_pairs(depth, valid, seed)
+        row |= {"f1_aligned": boundary_f1(aligned, depth, valid),
+                "pairs_right": pair_accuracy(pred, pairs, kind)}
+    return row | other_metrics(aligned, depth, valid)
+
+
+def score_matte(pred, alpha, kind):
+    inside = alpha > 0.1
+    if inside.all() or not inside.any():
+        raise BadFrame("the matte has no boundary")
+    mode = "recall_metric" if kind == "metric" else "recall_raw"
+    return {mode: boundary_recall(positive_depth(pred, kind), alpha)}
+
+
+# ---------------------------------------------------------------- sets
+
+
+class PairSet:
+    """DA-2K: pictures below a root and annotations.json, {picture: [{"point1": [row, column],
+    "point2": [row, column], "closer_point": "point1"}, ...]}.
+
+    .names: the pictures; .pairs: {picture: int [n, 4]}, the nearer point first
+    """
+
+    def __init__(self, path, cap=None):
+        self.store = open_root("da2k", Path(path))
+        files = set(self.store.names())
+        found = [n for n in sorted(files) if n.rpartition("/")[2] == "annotations.json"]
+        if not found:
+            raise UserError(f"--data da2k={path}: expected images/ and annotations.json, "
+                            f"found no annotations.json among {len(files)} files")
+        root = found[0].removesuffix("annotations.json")
+        try:
+            listed = list(json.loads(self.store.read(found[0])).items())[:cap]
+            self.pairs = {root + image: np.array([nearer_first(p) for p in pairs], int)
+                          for image, pairs in listed}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"--data da2k={path}: annotations.json is not as DA-2K's "
+                            f"({type(error).__name__}: {error})") from error
+        self.names = list(self.pairs)
+        self.missing = [f"{n}: no such picture" for n in self.names if n not in files]
+
+    def read(self, i):
+        rgb, pairs = open_image(self.store.read(self.names[i])), self.pairs[self.names[i]]
+        if (pairs < 0).any() or (pairs.reshape(-1, 2) >= rgb.shape[:2]).any():
+            raise BadFrame("a point lies outside the picture")
+        return rgb, pairs, None
+
+
+def nearer_first(pair):
+    near = pair["closer_point"]
+    return [*pair[near], *pair[{"point1": "point2", "point2": "point1"}[near]]]
+
+
+def open_set(name, path, listed, a):
+    """-> the set and its Layout."""
+    if name == "da2k":
+        if listed:
+            raise UserError("--list da2k=...: annotations.json is its list")
+        return PairSet(path, a.frames), next(row for row in TEST_SETS if row.name == name)
+    frames = FrameSet(name, path, listed, cap=a.frames)
+    frames.names = [frame.rgb for frame in frames.frames]
+    return frames, frames.layout
+
+
+def protocol(name, path, frames, layout, picked):
+    """Everything that decides the numbers of a set, but for what a line of it names itself."""
+    test = TESTS[name]
+    known = f" (known: {layout.count})" if layout.count else ""
+    words = [f"{test.title}, {path}: {len(frames.names)} images{known}"]
+    if len(picked) < len(frames.names):
+        words.append(f"every {picked[1] - picked[0] if picked[1:] else ''}th scored")
+    if frames.missing:
+        words.append(f"{len(frames.missing)} without a file of theirs, the first: "
+                     f"{frames.missing[0]}")
+    if test.measure in ("depth", "small", "f1"):
+        low, high = test.clip or (layout.near, layout.far)
+        words.append("valid where the mask file says so" if name == "diode" else
+                     f"valid {layout.near:g} < depth < {layout.far:g} m"
+                     + (", sky counts as the farthest" if layout.sky else ""))
+        if layout.crop:
+            words.append("cut to the bottom-centre 352 x 1216")
+        if layout.window:
+            words.append("scored in rows {}:{}, columns {}:{}".format(*layout.window))
+        words.append("least squares per image" + (f" on columns thinned to {test.max_res}"
+                                                  if test.max_res else ""))
+        words.append(f"aligned maps clipped to {low:g}..{high:g} m")
+    if test.measure in ("f1", "recall"):
+        words.append("raw: disparity x as depth 1 / max(x, max(x)/1000), depth d as d + 0.01")
+    return "; ".join(words)
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def ahead(function, items, workers=2, waiting=4):
+    """map(function, items), in order, computed by threads a few items ahead and no more."""
+    with ThreadPoolExecutor(workers) as pool:
+        queue = collections.deque()
+        for item in items:
+            queue.append(pool.submit(function, item))
+            if len(queue) > waiting:
+                yield queue.popleft().result()
+        while queue:
+            yield queue.popleft().result()
+
+
+def rows_of(name, frames, layout, indices, predictor, size, space):
+    """Yields (image, row or the reason for none). Reading, network and scoring overlap: reading
+    and scoring in threads, the network here."""
+    test = TESTS[name]
+
+    def read(i):
+        try:
+            return i, frames.read(i)
+        except FAILURES as error:
+            return i, explain(error)
+
+    def predicted():
+        for i, item in ahead(read, indices):
+            try:
+                if not isinstance(item, str):
+                    item = *item, checked(predictor.predict(name, frames.names[i], item[0], size))
+            except FAILURES as error:
+                item = explain(error)
+            yield i, item
+
+    def scored(pair):
+        i, item = pair
+        if isinstance(item, str):
+            return frames.names[i], item
+        rgb, truth, valid, pred = item
+        try:
+            if test.measure == "pairs":
+                share = pair_accuracy(pred, truth, predictor.space)
+                return frames.names[i], {"right": round(share * len(truth)) if len(truth) else 0}
+            if test.measure == "recall":
+                return frames.names[i], score_matte(pred, truth, predictor.space)
+            return frames.names[i], score_depth(pred, truth, valid, test, layout, predictor.space,
+                                                space, seed=i)
+        except FAILURES as error:
+            return frames.names[i], explain(error)
+
+    yield from ahead(scored, predicted())
+
+
+def read_results(file):
+    """Lines of --out -> {(run, image, version): row}; a line cut short by a kill is dropped."""
+    rows, lines = {}, file.read_text().splitlines() if file.exists() else []
+    kept = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+            if "image" in row:
+                rows[row["run"], row["image"], row["version"]] = row
+            kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    if len(kept) < len(lines):
+        file.write_text("".join(line + "\n" for line in kept))
+    return rows
+
+
+def score_set(name, path, frames, layout, picked, predictor, size, space, done, out):
+    """Scores what is not in `done` yet, adding a line to `out` for each image -> rows, failures."""
+    of = {"set": name, "path": str(Path(path).resolve()), "predictor": predictor.title,
+          "of": predictor.identity, "map": predictor.space, "aligned_in": space, "size": size}
+    run = hashlib.sha1(json.dumps(of, sort_keys=True).encode()).hexdigest()[:12]
+    keys = {frames.names[i]: (run, frames.names[i], predictor.version(name, frames.names[i]))
+            for i in picked}
+    todo = [i for i in picked if keys[frames.names[i]] not in done]
+    failures = {}
+    with open(out, "a") as file:
+        if todo:
+            file.write(json.dumps({"run": run, "settings": of}) + "\n")
+        results = rows_of(name, frames, layout, todo, predictor, size, space)
+        for image, row in tqdm(results, total=len(todo), disable=not todo, unit="image",
+                               leave=False, desc=f"{name}, {predictor.title}, {size or 'native'}"):
+            if isinstance(row, str):
+                failures[image] = row
+                continue
+            done[keys[image]] = {"run": run, "image": image, "version": keys[image][2]} | row
+            file.write(json.dumps(done[keys[image]]) + "\n")
+            file.flush()
+    return {image: done[key] for image, key in keys.items() if key in done}, failures
+
+
+# ---------------------------------------------------------------- lines and tables
+
+
+def means(rows, measure):
+    """{key: mean over images}; the plain mean of per-image scores, as all these protocols say."""
+    keys = [key for key in MEASURES[measure] if any(key in row for row in rows.values())]
+    values = {key: [row[key] for row in rows.values() if row.get(key) is not None] for key in keys}
+    return {key: float(np.mean(v)) for key, v in values.items()}
+
+
+def pair_scores(frames, picked, rows):
+    """DA-2K -> {scene or "all": accuracy}; a pair of a picture without a score is wrong."""
+    total, right = collections.Counter(), collections.Counter()
+    for i in picked:
+        image = frames.names[i]
+        folder = image.rpartition("images/")[2].rpartition("/")[0] or "images"
+        for scene in ("all", folder):
+            total[scene] += len(frames.pairs[image])
+            right[scene] += rows[image]["right"] if image in rows else 0
+    return {scene: right[scene] / max(total[scene], 1) for scene in total}
+
+
+def print_set(name, lines, others):
+    """lines: [(predictor, space, size, images, failed, scores)] of one set -> Markdown."""
+    titles = dict(MEASURES[TESTS[name].measure])
+    if not others:
+        titles = {k: v for k, v in titles.items() if k not in OTHERS}
+    keys = [k for k in titles if any(k in line[5] for line in lines)]
+    if TESTS[name].measure == "pairs":
+        keys = list(lines[0][5])
+        titles = {scene: (scene, PERCENT) for scene in keys}
+    head = ["predictor", "map", "aligned in", "longer side", "images", "without a score"]
+    print("| " + " | ".join(head + [titles[k][0] for k in keys]) + " |")
+    print("|" + "---|" * (len(head) + len(keys)))
+    aligned = TESTS[name].measure in ("depth", "small", "f1")
+    for predictor, space, size, images, failed, scores in lines:
+        side = (size or "native") if predictor.sized else "its own"
+        cells = [predictor.title, predictor.space, space if aligned else "-", side, images, failed]
+        cells += [titles[k][1].format(scores[k]) if k in scores else "" for k in keys]
+        print("| " + " | ".join(map(str, cells)) + " |")
+    print(flush=True)
+
+
+def paper_table(number, results):
+    """The paper's table with our rows below it, blanks where nothing was run -> lines.
+
+    results: {(set, predictor title, space, variant of size): scores}; variant 0 is the first of the
+    test's sizes, which for Table 1 are the protocol's.
+    """
+    columns = COLUMNS[number]
+    published = [line.split(" | ") for line in (PAPER_1, PAPER_2)[number - 1].strip().split("\n")]
+    rows = {line[0]: dict(zip(columns, line[1:])) for line in published}
+    for (name, title, space, size), scores in results.items():
+        if name not in columns:
+            continue
+        first = size == TESTS[name].sizes[0]
+        if number == 1:
+            cell = (f"{100 * scores['abs_rel']:.1f} / {100 * scores['delta1']:.1f}"
+                    if "abs_rel" in scores else f"{100 * scores['all']:.1f}")
+            label = f"{title}, {space}" + ("" if first else f", longer side {size or 'native'}")
+            rows.setdefault(label, {})[name] = cell
+            continue
+        for key, value in scores.items():
+            label = f"{title}, {key.partition('_')[2]}, longer side {size or 'native'}"
+            rows.setdefault(label, {})[name] = f"{value:.3f}"
+    head = ["", *(TESTS[name].title for name in columns)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return lines + ["| " + " | ".join([label, *(cells.get(n, "") for n in columns)]) + " |"
+                    for label, cells in rows.items()]
+
+
+# ---------------------------------------------------------------- the command
+
+
+def predictors(a, names):
+    """Who is scored: one program's maps, or the checkpoint, and its teacher and a vertical ramp
+    where --teacher asks for them or the set is the small world's."""
+    if a.predictions:
+        if not a.space or len(a.space) != 1:
+            raise UserError("--predictions needs --space disparity, depth or metric: "
+                            "what the maps hold")
+        return [other_program(a.predictions, a.space[0])]
+    if "metric" in (a.space or ()):
+        raise UserError("--space metric: only --predictions may hold metres")
+    found = [fiffdepth(a)]
+    if a.teacher or "nano" in names:
+        found += [teacher(a.teacher or HERE / "nano/weights/teacher"), ramp()]
+    return found
+
+
+def sources_of(a):
     default = HERE / "nano/data/wild/test"
     if a.data is None and not default.exists():
         raise UserError(f"{default} is not there yet; "
                         "`python nano/scenes.py` makes the small world (minutes)")
-    if a.frames is not None and a.frames < 1:
-        raise UserError(f"--frames {a.frames}: must be at least 1")
-    sources = parse_sources(a.data or [f"nano={default}"])
-    if "photos" in sources:
-        raise UserError("--data photos=...: pictures alone have no depth to score against")
-    predictors = small_world(a)
-    print(f"checkpoint {a.checkpoint}; least squares in the predictor's space, "
-          "clipped to the set's range, native size")
+    for flag, value in (("--frames", a.frames), ("--stride", a.stride)):
+        if value is not None and value < 1:
+            raise UserError(f"{flag} {value}: must be at least 1")
+    if a.size is not None and a.size < 0:
+        raise UserError(f"--size {a.size}: pixels, or 0 for the picture's own")
+    rows = tuple(row for row in SETS + TEST_SETS if row.name in TESTS)
+    return parse_sources(a.data or [f"nano={default}"], a.list or (), rows)
+
+
+def run(a):
+    sources = sources_of(a)
+    who = predictors(a, sources)
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    done, results = read_results(a.out), {}
     for name, (path, listed) in sources.items():
-        frames = FrameSet(name, path, listed, cap=a.frames)
-        print(f"\n{name} {path}: {len(frames)} images, "
-              f"valid depth {frames.layout.near:g}..{frames.layout.far:g} m\n"
-              f"| | space | AbsRel % | delta1 % | boundary F1 (aligned) |\n|---|---|---|---|---|")
-        for title, (predict, space) in predictors.items():
-            (error, share, f1), without = scores_of(predict, space, frames)
-            note = f" ({len(without)} images without a score)" if without else ""
-            for line in without:
-                print(f"{title}, no score: {line}", file=sys.stderr)
-            print(f"| {title}{note} | {space} | {100 * error:.2f} | {100 * share:.2f} | {f1:.3f} |",
-                  flush=True)
+        test = TESTS[name]
+        frames, layout = open_set(name, path, listed, a)
+        picked = range(0, len(frames.names), a.stride or test.stride)
+        print(protocol(name, path, frames, layout, picked) + "\n")
+        lines = []
+        for predictor in who:
+            sizes = (a.size,) if a.size is not None else test.sizes
+            for size in sizes if predictor.sized else sizes[:1]:
+                own = "depth" if predictor.space == "metric" else predictor.space
+                spaces = [own] if a.predictions or not a.space else a.space
+                for space in spaces if test.measure in ("depth", "small", "f1") else [own]:
+                    rows, failures = score_set(name, path, frames, layout, picked, predictor, size,
+                                               space, done, a.out)
+                    for image, reason in failures.items():
+                        print(f"{predictor.title}, no score: {name}/{image}: {reason}",
+                              file=sys.stderr)
+                    scores = (pair_scores(frames, picked, rows) if test.measure == "pairs"
+                              else means(rows, test.measure))
+                    lines.append((predictor, space, size, len(rows), len(failures), scores))
+                    if scores:
+                        results[name, predictor.title, space, size] = scores
+        print_set(name, lines, a.all_metrics)
+    report(results, a.out.with_suffix(".md"))
 
 
-def main(argv=None):
+def report(results, file):
+    """The paper's tables that have a new number, on the screen and beside --out."""
+    text = []
+    for number, unit in ((1, "AbsRel % / delta1 %, DA-2K accuracy %"), (2, "boundary F1, recall")):
+        if any(key[0] in COLUMNS[number] for key in results):
+            text += ["", f"Table {number}: {unit}", "", *paper_table(number, results)]
+    if text:
+        file.write_text("\n".join(text) + "\n")
+        print("\n".join(text))
+
+
+def flags():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", default=str(HERE / "nano/weights/fiffdepth"),
-        help="model to score, folder or hub id", metavar="DIR|HUB_ID")
-    add("--teacher", default=str(HERE / "nano/weights/teacher"),
-        help="teacher to compare with", metavar="DIR|HUB_ID")
     add("--data", nargs="+", action="extend", metavar="NAME=PATH",
-        help="sets with depth; default: the small world's held-out wild scenes")
-    add("--frames", type=int, help="score the first so many frames only")
+        help="sets to score, folder or .tar: " + " ".join(TESTS) + "; without it, the small "
+        "world's held-out wild scenes")
+    add("--list", nargs="+", action="extend", metavar="NAME=FILE",
+        help="list files in Marigold's form; without one, images are found by name and sorted")
+    add("--checkpoint", default=str(HERE / "nano/weights/fiffdepth"), metavar="DIR|HUB_ID",
+        help="model to score")
+    add("--vae", metavar="DIR|HUB_ID", help="another autoencoder of the same latent space")
+    add("--teacher", metavar="DIR|HUB_ID", help="also score a teacher (Sec. 3.3) and a vertical "
+        "ramp; for the small world its own teacher is the default")
+    add("--predictions", metavar="DIR", help="score .npy maps of another program instead, in the "
+        "sub-folders of the pictures: NAME.npy, NAME_depth.npy or Marigold's pred_ID.npy")
+    add("--space", nargs="+", choices=("disparity", "depth", "metric"),
+        help="where to align: default, the checkpoint's own; with --predictions, what the maps are")
+    add("--size", type=int, help="pixels of the longer side in the network, 0 for the picture's "
+        "own; default, the protocol's of each set")
+    add("--frames", type=int, help="score the first so many images only")
+    add("--stride", type=int, help="score every so many images; default 1, for Spring 5")
+    add("--all_metrics", action="store_true",
+        help="also RMSE, RMSE log, log10, SILog, delta2, delta3")
+    add("--out", type=Path, default=Path("runs/evaluate.jsonl"), metavar="FILE",
+        help="results, a line an image; what is there already is not computed again")
+    add("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"),
+        help="precision of the network; auto is float16 on CUDA, else float32")
+    add("--device", default="auto", help="auto, cpu, cuda, mps")
+    return parser
+
+
+def main(argv=None):
     try:
         with torch.inference_mode():
-            run(parser.parse_args(argv))
+            run(flags().parse_args(argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {error.filename or '--out'}: {error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
 

@@ -63,29 +63,31 @@ def explain(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def network_size(height, width, longer):
-    """(H, W) the network sees: never larger than the picture, never a side of 0."""
-    scale = min(1, longer / max(height, width))
+def network_size(height, width, longer, enlarge=False):
+    """(H, W) the network sees: never a side of 0, and larger than the picture only to `enlarge`."""
+    scale = longer / max(height, width)
+    scale = scale if enlarge else min(1, scale)
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 @torch.inference_mode()
-def predict_batch(model, rgb, size=None):
+def predict_batch(model, rgb, size=None, enlarge=False):
     """Pictures of one size, uint8 [B, H, W, 3] -> values, float32 [B, H, W] in [0, 1].
 
-    size  pixels of the longer side in the network; default: that of the training. Never scales up.
+    size     pixels of the longer side in the network; default: that of the training
+    enlarge  scale smaller pictures up to it (a benchmark's protocol); by default they keep theirs
     The scaling is done on the CPU, so that it is the same whatever the device.
     """
     full = rgb.shape[1:3]
     x = torch.tensor(rgb).permute(0, 3, 1, 2).float() / 127.5 - 1  # [B, 3, H, W] in [-1, 1]
-    small = network_size(*full, size or model.info["size"])
+    small = network_size(*full, size or model.info["size"], enlarge)
     if small != full:
         x = F.interpolate(x, small, mode="bilinear", antialias=True)
     y = model(x.to(model.prompt.device)).float().cpu()  # [B, 1, h, w] in [-1, 1]
     if not y.isfinite().all():
         raise BadFrame("the network's result is not finite; --dtype float32 has the widest range")
     if small != full:
-        y = F.interpolate(y, full, mode="bilinear")
+        y = F.interpolate(y, full, mode="bilinear", antialias=True)
     return ((y[:, 0] + 1) / 2).clamp(0, 1).numpy()
 
 

@@ -1800,17 +1800,419 @@ def test_evaluate_masks_of_any_shape_and_predictions_that_are_not_numbers():
     assert delta1(-depth, depth, np.ones((2, 2), bool)) == 0  # a negative depth is wrong
 
 
-def test_evaluate_the_small_worlds_table(tiny, tmp_path, capsys):
+def test_evaluate_alignment_as_the_public_code_thins_columns():
+    from evaluate import align
+
+    g = np.random.default_rng(0)
+    pred, depth = g.random((40, 60)), g.uniform(1, 9, (40, 60))
+    kept = np.floor(np.arange(30) / (30 / 60)).astype(int)  # every second column, all rows
+    line = np.polyfit(pred[:, kept].ravel(), depth[:, kept].ravel(), 1)
+    out = align(pred, depth, True, "depth", max_res=30)
+    np.testing.assert_allclose(out, np.maximum(np.polyval(line, pred), 1e-6))
+    np.testing.assert_array_equal(align(pred, depth, True, "depth", max_res=60),
+                                  align(pred, depth, True, "depth"))
+
+
+def test_evaluate_other_metrics_by_hand():
+    from evaluate import other_metrics
+
+    out = other_metrics(np.array([[2.0, 2.0]]), np.array([[1.0, 4.0]]), True)
+    ln2 = np.log(2)
+    assert out == pytest.approx({"rmse": np.sqrt(2.5), "rmse_log": ln2, "log10": np.log10(2),
+                                 "silog": 100 * ln2, "delta2": 0, "delta3": 0})
+    out = other_metrics(np.array([[1.5, 1.9]]), np.array([[1.0, 1.0]]), True)
+    assert (out["delta2"], out["delta3"]) == (0.5, 1)
+    scaled = other_metrics(np.array([[3.0, 6.0]]), np.array([[1.0, 2.0]]), True)
+    assert scaled["silog"] == pytest.approx(0, abs=1e-6)  # invariant to scale
+    assert all(np.isnan(v) for v in other_metrics(np.ones((1, 2)), np.ones((1, 2)), False).values())
+
+
+def test_evaluate_pair_accuracy_and_its_ties():
+    from evaluate import pair_accuracy, random_pairs
+
+    pred = np.array([[3.0, 1.0], [3.0, np.nan]])
+    assert pair_accuracy(pred, [[0, 0, 0, 1]]) == 1
+    assert pair_accuracy(pred, [[0, 0, 0, 1]], "depth") == 0
+    assert pair_accuracy(pred, [[0, 0, 1, 0], [0, 0, 1, 1], [0, 0, 0, 1]]) == pytest.approx(1 / 3)
+    assert np.isnan(pair_accuracy(pred, np.zeros((0, 4))))
+    depth = np.random.default_rng(0).uniform(1, 9, (20, 30))
+    valid = depth > 2
+    pairs = random_pairs(depth, valid, 7)
+    near, far = depth[pairs[:, 0], pairs[:, 1]], depth[pairs[:, 2], pairs[:, 3]]
+    assert len(pairs) == 64 and (far > 1.1 * near).all() and (near > 2).all()
+    np.testing.assert_array_equal(pairs, random_pairs(depth, valid, 7))
+    assert pair_accuracy(1 / depth, pairs) == 1 and pair_accuracy(depth, pairs, "metric") == 1
+
+
+def _slow_recall(depth, alpha):
+    """The definition, pair by pair: runs above t in a row, the first largest of each stays."""
+    total, ts = 0.0, np.linspace(1.05, 1.25, 10)
+    inverse, b = 1 / np.asarray(depth).clip(min=1e-6), np.asarray(alpha) > 0.1
+    for t in ts:
+        found = []
+        for D, m in ((inverse, b), (inverse.T, b.T)):
+            for flip in (False, True):
+                D1, m1 = (D[:, ::-1], m[:, ::-1]) if flip else (D, m)
+                hits = truth = 0
+                for row, inside in zip(D1, m1):
+                    with np.errstate(all="ignore"):
+                        r = row[:-1] / row[1:]
+                    runs, run = [], []
+                    for k in range(len(r)):
+                        if r[k] > t:
+                            run.append(k)
+                        elif run:
+                            runs, run = runs + [run], []
+                    runs += [run] if run else []
+                    order = -1 if flip else 1  # the first in the order of the picture
+                    kept = {max(run[::order], key=lambda k: r[k]) for run in runs}
+                    edges = {k for k in range(len(r)) if inside[k] and not inside[k + 1]}
+                    hits, truth = hits + len(kept & edges), truth + len(edges)
+                found.append(hits / max(truth, 1))
+        total += t / ts.sum() * np.mean(found)
+    return total
+
+
+@pytest.mark.parametrize("kind", ["noise", "ties", "smooth", "holes", "steps"])
+def test_evaluate_boundary_recall_is_the_definition(kind):
+    from evaluate import boundary_recall
+
+    g = np.random.default_rng(len(kind))
+    for _ in range(3):
+        H, W = g.integers(2, 24, 2)
+        depth = np.exp(g.normal(0, 0.3, (H, W)))
+        if kind == "ties":
+            depth = np.round(depth * 4) / 4
+        if kind == "smooth":
+            depth = np.exp(np.cumsum(np.full((H, W), 0.11), 1))
+        if kind == "holes":
+            depth[g.random((H, W)) < 0.2] = np.inf
+            depth[g.random((H, W)) < 0.1] = 0
+            depth[g.random((H, W)) < 0.1] = np.nan
+        if kind == "steps":
+            depth = np.where(g.random((H, W)) < 0.5, 2.0, 2.3)
+        alpha = g.random((H, W))
+        assert boundary_recall(depth, alpha) == pytest.approx(_slow_recall(depth, alpha), abs=1e-12)
+
+
+def test_evaluate_recall_golden_values():
+    from evaluate import boundary_recall
+
+    square = np.full((20, 20), 4.0)
+    square[5:15, 5:15] = 2
+    inside = square == 2
+    assert boundary_recall(square, inside) == pytest.approx(1)
+    assert boundary_recall(square, inside * 255) == pytest.approx(1)
+    assert boundary_recall(np.roll(square, 1, 1), inside) == pytest.approx(0.45)
+    assert boundary_recall(6 - square, inside) == 0
+
+
+def test_evaluate_raw_maps_become_positive_depth():
+    from evaluate import positive_depth
+
+    x = np.array([0.0, 0.5, 1.0])
+    np.testing.assert_allclose(positive_depth(x, "disparity"), [1000, 2, 1])
+    np.testing.assert_allclose(positive_depth(x, "depth"), [0.01, 0.51, 1.01])
+    np.testing.assert_array_equal(positive_depth(x, "metric"), x)
+
+
+# Small files of the true formats: {name in the root: bytes}, the depth in metres, what is valid.
+
+
+def _npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def _test_set(name, H=24, W=32):
+    """-> {file: bytes} of one frame of a test set, its depth (or alpha) and validity."""
+    depth = np.linspace(1.0, 9.0, H * W).reshape(H, W).astype(np.float32)
+    depth = np.round(depth * 256) / 256
+    png = {"nyu": 1000, "scannet": 1000, "kitti": 256}
+    if name in ("nyu", "scannet"):
+        names = {"nyu": ("test/kitchen_0004/rgb_0001.png", "test/kitchen_0004/depth_0001.png"),
+                 "scannet": ("scene0406_02/color/000300.jpg", "scene0406_02/depth/000300.png")}[name]
+        raw = np.round(depth * png[name]).astype(np.uint16)
+        raw[0, 0], raw[1, :] = 0, 10000
+        picture = _bytes(_rgb(H, W), "PNG" if name == "nyu" else "JPEG")
+        return {names[0]: picture, names[1]: _bytes(raw)}, raw / 1000, (raw > 1) & (raw < 10000)
+    if name == "diode":
+        stem, mask = "indoors/scene_00021/scan_00189/00021_x", np.ones((H, W), np.float32)
+        mask[:3], depth[0, 0] = 0, np.nan
+        return ({f"{stem}.png": _bytes(_rgb(H, W)), f"{stem}_depth.npy": _npy(depth[..., None]),
+                 f"{stem}_depth_mask.npy": _npy(mask)}, depth, mask > 0)
+    if name == "sintel":
+        depth[:2], bad = 1e5, np.zeros((H, W), np.uint8)
+        bad[5] = 255
+        dpt = b"PIEH" + np.array([W, H], "<i4").tobytes() + depth.astype("<f4").tobytes()
+        frame = "alley_1/frame_0001"
+        return ({f"training/final/{frame}.png": _bytes(_rgb(H, W)),
+                 f"training/depth/{frame}.dpt": dpt, f"training/invalid/{frame}.png": _bytes(bad)},
+                np.minimum(depth, 80), bad == 0)
+    if name == "ibims":
+        raw = np.round(depth * 65535 / 50).astype(np.uint16)
+        raw[0], raw[1] = 0, 65535
+        ok, opaque = np.full((H, W), 255, np.uint8), np.full((H, W), 255, np.uint8)
+        ok[2], opaque[3] = 0, 0
+        valid = np.ones((H, W), bool)
+        valid[:4] = False
+        files = {"rgb": _rgb(H, W), "depth": raw, "mask_invalid": ok, "mask_transp": opaque}
+        return ({f"{k}/corridor_01.png": _bytes(v) for k, v in files.items()}, raw * (50 / 65535),
+                valid)
+    alpha = np.zeros((H, W), np.uint8)
+    alpha[6:18, 8:24], alpha[6, 8:24] = 255, 10  # 10 / 255 lies below the threshold of 0.1
+    image, mask = {"am2k": ("validation/original/m_1.jpg", "validation/mask/m_1.png"),
+                   "p3m": ("validation/P3M-500-NP/original_image/p_1.jpg",
+                           "validation/P3M-500-NP/mask/p_1.png"),
+                   "p3m-p": ("P3M-500-P/blurred_image/p_1.jpg", "P3M-500-P/mask/p_1.png"),
+                   "dis5k": ("DIS-VD/im/1#A#b c#x.jpg", "DIS-VD/gt/1#A#b c#x.png")}[name]
+    return ({image: _bytes(_rgb(H, W), "JPEG"), mask: _bytes(alpha)}, alpha / 255,
+            np.ones((H, W), bool))
+
+
+@pytest.mark.parametrize("tar", [False, True])
+@pytest.mark.parametrize("name", ["nyu", "scannet", "diode", "sintel", "ibims", "am2k", "p3m",
+                                  "p3m-p", "dis5k"])
+def test_test_sets_are_read_from_their_files(tmp_path, name, tar):
+    files, depth, valid = _test_set(name)
+    if name == "nyu":  # only the crop of the protocol counts
+        files, depth, valid = _test_set(name, 480, 640)
+        valid &= np.pad(np.ones((426, 560), bool), ((45, 9), (41, 39)))
+    if tar:
+        _tar(tmp_path / "set.tar", files)
+    else:
+        _write(tmp_path / "set", files)
+    frames = FrameSet(name, tmp_path / ("set.tar" if tar else "set"))
+    rgb, found, ok = frames.read(0)
+    assert len(frames) == 1 and rgb.shape[:2] == depth.shape and not frames.missing
+    np.testing.assert_array_equal(ok, valid)
+    np.testing.assert_allclose(found[valid], depth[valid], rtol=1e-6)
+
+
+def test_kitti_is_cut_and_masked_as_eigen(tmp_path):
+    raw = np.full((375, 1242), 256 * 8, np.uint16)
+    raw[100:, 600] = 256 * 80
+    day = "2011_09_26/2011_09_26_drive_0002_sync/image_02/data/"
+    truth = "2011_09_26_drive_0002_sync/proj_depth/groundtruth/image_02/0000000069.png"
+    _write(tmp_path, {f"{day}0000000069.png": _bytes(_rgb(375, 1242)), truth: _bytes(raw),
+                      f"{day}0000000070.png": _bytes(_rgb(375, 1242))})
+    (tmp_path / "list.txt").write_text(f"{day}0000000069.png {truth} 721.5377\n"
+                                       f"{day}0000000070.png None 721.5377")
+    for listed in (None, tmp_path / "list.txt"):
+        frames = FrameSet("kitti", tmp_path, listed)
+        rgb, depth, valid = frames.read(0)
+        assert rgb.shape == (352, 1216, 3) and len(frames) == 1
+        assert len(frames.missing) == (listed is None)  # without a list, the one without truth
+        rows, columns = np.nonzero(valid)
+        assert (rows.min(), rows.max(), columns.min(), columns.max()) == (117, 320, 43, 1171)
+        assert not valid[200, 600 - 13] and depth[200, 600 - 13] == 80 and depth[0, 0] == 8
+
+
+def test_eth3d_is_a_headerless_array(tmp_path):
+    depth = np.full((4032, 6048), 5, "<f4")
+    depth[0], depth[1] = np.inf, 0
+    picture = "rgb/office/images/dslr_images/DSC_0219.JPG"
+    truth = "depth/office_dslr_depth/office/ground_truth_depth/dslr_images/DSC_0219.JPG"
+    _write(tmp_path, {picture: _bytes(np.zeros((4032, 6048, 3), np.uint8), "JPEG"),
+                      truth: depth.tobytes()})
+    frames = FrameSet("eth3d", tmp_path)
+    _, found, valid = frames.read(0)
+    assert not valid[:2].any() and valid[2:].all() and (found[2:] == 5).all()
+    (tmp_path / truth).write_bytes(depth.tobytes()[:-4])
+    with pytest.raises(BadFrame, match="bytes"):
+        frames.read(0)
+
+
+def test_spring_disparity_becomes_depth(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    disparity = np.full((48, 64), 10.0, np.float32)
+    disparity[:2], disparity[2:4], disparity[4:6] = 0, np.nan, 0.5
+    file = io.BytesIO()
+    with h5py.File(file, "w") as hdf5:
+        hdf5["disparity"] = disparity
+    _write(tmp_path, {"train/0001/frame_left/frame_left_0002.png": _bytes(_rgb(24, 32)),
+                      "train/0001/disp1_left/disp1_left_0002.dsp5": file.getvalue(),
+                      "train/0001/cam_data/intrinsics.txt": b"1 1 960 540\n2000 2000 960 540\n"})
+    _, depth, valid = FrameSet("spring", tmp_path).read(0)
+    assert depth[5, 0] == pytest.approx(2000 * 0.065 / 10) and depth.shape == (24, 32)
+    assert (depth[0] == 200).all() and valid[0].all()  # sky: as far as the range goes
+    assert (depth[2] == 200).all() and valid[2].all()  # 260 m, beyond the range: likewise
+    assert not valid[1].any()  # NaN
+    (tmp_path / "train/0001/cam_data/intrinsics.txt").write_text("1 1 960 540\n")
+    with pytest.raises(UserError, match="no focal length for frame 0002"):
+        FrameSet("spring", tmp_path)
+
+
+@pytest.mark.parametrize("name,broken", [("sintel", "training/depth/alley_1/frame_0001.dpt"),
+                                         ("diode", "indoors/scene_00021/scan_00189/00021_x_depth.npy"),
+                                         ("ibims", "mask_transp/corridor_01.png"),
+                                         ("am2k", "validation/mask/m_1.png")])
+def test_damaged_test_files_are_bad_frames(tmp_path, name, broken):
+    files = _test_set(name)[0]
+    _write(tmp_path, files)
+    frames = FrameSet(name, tmp_path)
+    for content in (b"", files[broken][: len(files[broken]) // 2], b"not this format at all"):
+        (tmp_path / broken).write_bytes(content)
+        with pytest.raises(BadFrame):
+            frames.read(0)
+    (tmp_path / broken).unlink()
+    with pytest.raises(UserError, match="no " + re.escape(broken)):
+        FrameSet(name, tmp_path)
+
+
+def test_lists_name_other_roots_and_names_with_blanks(tmp_path):
+    files, *_ = _test_set("dis5k")
+    _write(tmp_path / "DIS5K", files)
+    (tmp_path / "list.txt").write_text("DIS5K/DIS-VD/im/1#A#b c#x.jpg\n")
+    for root in (tmp_path, tmp_path / "DIS5K"):
+        frames = FrameSet("dis5k", root, tmp_path / "list.txt")
+        assert len(frames) == 1 and frames.read(0)[1].max() == 1
+
+
+def _da2k(root, missing=False):
+    pairs = {"images/indoor/a.png": [{"point1": [1, 2], "point2": [9, 3], "closer_point": "point1"},
+                                     {"point1": [1, 2], "point2": [9, 3], "closer_point": "point2"}],
+             "images/aerial/b.png": [{"point1": [0, 0], "point2": [11, 15],
+                                      "closer_point": "point1"}]}
+    files = {"annotations.json": json.dumps(pairs).encode(),
+             "images/indoor/a.png": _bytes(_rgb(12, 16))}
+    _write(root, files if missing else files | {"images/aerial/b.png": _bytes(_rgb(12, 16, 1))})
+
+
+def _evaluate(capsys, *arguments):
     import evaluate
 
+    status = evaluate.main([str(x) for x in arguments])
+    return (status, *capsys.readouterr())
+
+
+def test_evaluate_da2k_counts_missing_pictures_as_wrong(tmp_path, capsys):
+    maps = tmp_path / "maps/images"
+    for scene, stem in (("indoor", "a"), ("aerial", "b")):
+        (maps / scene).mkdir(parents=True)
+        np.save(maps / scene / f"{stem}.npy", np.linspace(1, 0, 12)[:, None] * np.ones(16))
+    common = ["--predictions", tmp_path / "maps", "--space", "disparity", "--data"]
+    for missing, accuracy, aerial in ((False, "66.67%", "100.00%"), (True, "33.33%", "0.00%")):
+        root = tmp_path / f"da2k{missing}"
+        _da2k(root, missing)
+        status, out, err = _evaluate(capsys, *common, f"da2k={root}", "--out", tmp_path / "r.jsonl")
+        line = next(x for x in out.splitlines() if x.startswith(f"| {tmp_path}"))
+        assert status == 0 and [c.strip() for c in line.split("|")[7:-1]] == [
+            accuracy, "50.00%", aerial]
+        assert ("b.png" in err) == missing
+    assert "| 33.3 |" in out.splitlines()[-1]  # the paper's table, last row
+
+
+def test_evaluate_other_programs_maps(tmp_path, capsys):
+    """A folder of predictions in Marigold's names against NYUv2's layout: by hand and resumed."""
+    files, depth, valid = _test_set("nyu", 480, 640)
+    second = {k.replace("0001", "0002"): v for k, v in files.items()}
+    _write(tmp_path / "nyu", files | second)
+    folder = tmp_path / "maps/test/kitchen_0004"
+    folder.mkdir(parents=True)
+    np.save(folder / "pred_0001.npy", (depth / 20 + 0.1).astype(np.float32))
+    out_file, maps = tmp_path / "r.jsonl", tmp_path / "maps"
+    command = ["--predictions", maps, "--space", "depth", "--data", f"nyu={tmp_path / 'nyu'}",
+               "--out", out_file]
+    status, out, err = _evaluate(capsys, *command)
+    assert status == 0 and "known: 654" in out and "rows 45:471, columns 41:601" in out
+    assert re.search(r"\| depth \| depth \| its own \| 1 \| 1 \| 0.00% \| 100.00% \|", out)
+    assert "rgb_0002.png: no prediction below" in err
+    before = out_file.read_text()
+    np.save(folder / "pred_0002.npy", np.full((480, 640), 0.5, np.float32))  # constant
+    assert "constant" in _evaluate(capsys, *command)[2] and out_file.read_text().startswith(before)
+    np.save(folder / "pred_0002.npy", np.full((48, 64), 0.5, np.float32))
+    assert "prediction of 48x64 and picture of 480x640" in _evaluate(capsys, *command)[2]
+    np.save(folder / "pred_0002.npy", np.where(depth > 3, np.nan, 1.0))
+    assert "not finite" in _evaluate(capsys, *command)[2]
+    np.save(folder / "pred_0002.npy", (9 - depth).astype(np.float32))
+    status, out, err = _evaluate(capsys, *command, "--all_metrics")
+    assert re.search(r"\| 2 \| 0 \| 0.00% \| 100.00% \| 0.000 ", out)
+    assert "no score" not in err
+    images = [json.loads(x).get("image") for x in out_file.read_text().splitlines()]
+    assert images.count("test/kitchen_0004/rgb_0001.png") == 1  # scored once, in four runs
+
+
+def test_evaluate_resumes_after_a_cut_line(tmp_path, capsys, monkeypatch):
+    import evaluate
+
+    files, *_ = _test_set("scannet")
+    _write(tmp_path / "s", files | {k.replace("300", "301"): v for k, v in files.items()})
+    out = tmp_path / "r.jsonl"
+    command = ["--checkpoint", tmp_path / "m", "--data", f"scannet={tmp_path / 's'}", "--out", out]
+    _tiny_model().save_pretrained(tmp_path / "m")
+    first = _evaluate(capsys, *command)
+    assert first[0] == 0
+    out.write_text(out.read_text()[:-20])  # a kill in the middle of the last line
+    calls = []
+    real = evaluate.predict_batch
+    monkeypatch.setattr(evaluate, "predict_batch", lambda *a, **k: calls.append(1) or real(*a, **k))
+    assert _evaluate(capsys, *command)[1] == first[1] and len(calls) == 1
+    assert _evaluate(capsys, *command)[1] == first[1] and len(calls) == 1
+    _tiny_model(width=8).save_pretrained(tmp_path / "m")  # other weights in the same folder
+    assert _evaluate(capsys, *command)[0] == 0 and len(calls) == 3
+
+
+def test_evaluate_boundary_sets_name_their_mode(tmp_path, capsys):
+    for name in ("sintel", "am2k"):
+        _write(tmp_path / name, _test_set(name)[0])
+    maps = tmp_path / "maps"
+    depth = np.minimum(_test_set("sintel")[1], 80)
+    (maps / "sintel/training/final/alley_1").mkdir(parents=True)
+    np.save(maps / "sintel/training/final/alley_1/frame_0001.npy", 1 / depth)
+    (maps / "am2k/validation/original").mkdir(parents=True)
+    np.save(maps / "am2k/validation/original/m_1.npy", _test_set("am2k")[1] + 1)
+    command = ["--predictions", maps, "--out", tmp_path / "r.jsonl", "--data",
+               f"sintel={tmp_path / 'sintel'}", f"am2k={tmp_path / 'am2k'}", "--space"]
+    status, out, err = _evaluate(capsys, *command, "disparity")
+    assert status == 0 and "F1 (raw)" in out and "F1 (aligned)" in out and "recall (raw)" in out
+    assert "sky counts as the farthest" in out and "1 / max(x, max(x)/1000)" in out
+    table = (tmp_path / "r.md").read_text()
+    assert "| FiffDepth (paper) | 0.423 | 0.086 |" in table and ", raw, longer side" in table
+    assert "| 1.000 |" in table  # the matte itself as disparity finds all its boundaries
+    assert "F1 (metric)" in _evaluate(capsys, *command, "metric")[1]
+
+
+def test_evaluate_a_users_mistakes_are_one_sentence(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    _write(tmp_path / "nyu", _test_set("nyu")[0])
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/annotations.json").write_text("[1, 2]")
+    here, out = f"nyu={tmp_path / 'nyu'}", ["--out", tmp_path / "r.jsonl"]
+    for command, words in (
+            (["--data", f"nyu={tmp_path / 'empty'}"], "expected Marigold's NYUv2"),
+            (["--data", f"nyu={tmp_path / 'nothing'}"], "no file or folder"),
+            (["--data", f"nyx={tmp_path}"], "unknown name nyx"),
+            (["--data", f"da2k={tmp_path / 'empty'}"], "no annotations.json"),
+            (["--data", f"da2k={tmp_path / 'bad'}"], "annotations.json is not as DA-2K's"),
+            (["--predictions", tmp_path, "--data", here], "--space"),
+            (["--predictions", tmp_path / "no", "--space", "depth", "--data", here], "no such folder"),
+            (["--data", here, "--space", "metric"], "only --predictions"),
+            (["--data", here, "--stride", "0"], "at least 1")):
+        status, _, err = _evaluate(capsys, *command, *out)
+        assert status == 2 and err.count("\n") == 1 and words in err, (command, err)
+
+
+def test_evaluate_the_small_worlds_table(tiny, tmp_path, capsys):
     _tiny_model().save_pretrained(tmp_path / "m")
     shutil.copytree(tiny / "clean", tmp_path / "val")
     (tmp_path / "val/rgb_00003.png").write_bytes(b"")
-    assert evaluate.main(["--checkpoint", str(tmp_path / "m"), "--teacher", str(tiny / "teacher"),
-                          "--data", f"nano={tmp_path / 'val'}"]) == 0
-    out, err = capsys.readouterr()
-    assert re.search(r"\| FiffDepth \(1 images without a score\) \| disparity \| \d", out)
-    assert "vertical ramp" in out and "rgb_00003.png" in err
+    status, out, err = _evaluate(
+        capsys, "--checkpoint", tmp_path / "m", "--teacher", tiny / "teacher",
+        "--data", f"nano={tmp_path / 'val'}", "--out", tmp_path / "r.jsonl")
+    assert status == 0 and "vertical ramp" in out and "rgb_00003.png" in err
+    assert re.search(r"\| FiffDepth \| disparity \| disparity \| native \| \d+ \| 1 \| \d", out)
+    assert all(word in out for word in ("AbsRel", "delta1", "boundary F1", "pairs"))
+
+
+def test_evaluate_overlaps_in_order_and_holds_few():
+    from evaluate import ahead
+
+    drawn = []
+    results = ahead(lambda x: x * x, (drawn.append(k) or k for k in range(40)))
+    assert next(results) == 0 and len(drawn) <= 6  # memory does not grow with the set
+    assert [0, *results] == [k * k for k in range(40)]
 
 
 def test_evaluate_boundary_f1_golden_values():

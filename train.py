@@ -255,7 +255,8 @@ class LatentSet:
 
     def key(self, i, flip):
         """Of a frame's files, their sizes and times, so that changed files are encoded again."""
-        files = [self.path / name for name in self.frames[i][:2] if name] if self.path.is_dir() else []
+        names = self.frames[i][:2] if self.path.is_dir() else ()
+        files = [self.path / name for name in names if name]
         stats = [(f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
         return hashlib.sha1(repr((self.frames[i], flip, stats)).encode()).hexdigest()
 
