@@ -12,22 +12,29 @@ not grow. An image without a score is counted and named, never averaged in.
 """
 import argparse
 import collections
+import gc
 import hashlib
 import io
 import json
+import platform
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import (SETS, TEST_SETS, BadFrame, FrameSet, UserError, open_image, open_root,
                   parse_sources)
-from infer import FAILURES, explain, load_model, predict_batch
-from model import Teacher
+from infer import FAILURES, choose_device, explain, load_model, predict_batch, predict_image
+from model import DEFAULT_INFO, SD_SCHEDULE, FiffDepth, Teacher
 
 HERE = Path(__file__).resolve().parent
 THRESHOLDS = np.linspace(1.05, 1.25, 10)  # of boundaries, as ratios of depth; they are weights too
@@ -343,6 +350,7 @@ def identity(*nets):
 
 
 def fiffdepth(a):
+    a.checkpoint = a.checkpoint or str(HERE / "nano/weights/fiffdepth")
     model, where = load_model(a)
 
     def predict(_, image, rgb, size):
@@ -689,6 +697,389 @@ def paper_table(number, results):
                     for label, cells in rows.items()]
 
 
+# ---------------------------------------------------------------- Table 3: running time
+# Every method runs from its public class with its own resizing, batch 1. Weights that are not on
+# this machine are random, at the public size: the speed is the same. Nothing is downloaded.
+#
+# The public sizes; what is not given is the class's own default. From the config files of Stable
+# Diffusion 2, Marigold v1.1 (its steps and resolution), Depth Anything V2-L and Depth Pro, some of
+# them read in copies.
+
+SD2_UNET = {"attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024,
+            "use_linear_projection": True, "sample_size": 96}
+SD_VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 768,
+          "down_block_types": ("DownEncoderBlock2D",) * 4,
+          "up_block_types": ("UpDecoderBlock2D",) * 4}
+STABLE_DIFFUSION = {"unet": SD2_UNET, "vae": SD_VAE}
+MARIGOLD = {"unet": SD2_UNET | {"in_channels": 8}, "vae": SD_VAE,  # picture and depth latents
+            "default_denoising_steps": 4, "default_processing_resolution": 768, "steps": None}
+VIT_L = {"model_type": "dinov2", "hidden_size": 1024, "num_attention_heads": 16,
+         "num_hidden_layers": 24}
+DEPTH_ANYTHING = {
+    "network": {"backbone_config": VIT_L | {"image_size": 518, "out_indices": [5, 12, 18, 24],
+                                            "reshape_hidden_states": False},
+                "reassemble_hidden_size": 1024, "neck_hidden_sizes": [256, 512, 1024, 1024],
+                "fusion_hidden_size": 256},
+    "processor": {"size": {"height": 518, "width": 518}, "keep_aspect_ratio": True,
+                  "ensure_multiple_of": 14, "image_mean": [0.485, 0.456, 0.406],
+                  "image_std": [0.229, 0.224, 0.225]}}
+# Three ViT-L. DepthProConfig's own default is smaller than the public network: ViT-B of patch 14,
+# and no field of view.
+DEPTH_PRO = {"use_fov_model": True} | {
+    f"{part}_model_config": VIT_L | {"image_size": 384, "patch_size": 16, "use_mask_token": False}
+    for part in ("image", "patch", "fov")}
+
+NOT_HERE = ("Published and not run here: Marigold (LCM) 1.7, GeoWizard 19, DepthFM 0.39. "
+            "Marigold's 103 s are those of its settings when the paper was written, not of v1.1.")
+
+
+class Contestant(NamedTuple):
+    name: str                 # of --speed_weights
+    title: str
+    published: float | None   # seconds, Table 3, Titan RTX
+    build: Callable           # (source or None, settings, dtype, device) -> Entry
+    settings: dict            # configs of the networks
+    hub: tuple | None = None  # hub id, and a file that is in the cache when the weights are
+
+
+class Entry(NamedTuple):
+    run: Callable    # uint8 [H, W, 3] -> map [H, W]
+    nets: list       # all networks with weights
+    count: Callable  # size of the picture -> {part: [calls, FLOPs a call]}; nets on "meta" by then
+    weights: str     # what the table says of them
+
+
+# ---------------------------------------------------------------- networks without their weights
+
+
+def cached(hub_id, file):
+    """Is this file of the hub in the local cache? Asks no network."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(hub_id, file), str)
+
+
+def random_net(make, dtype, device):
+    """A network of make()'s shape with random weights, in seconds for a thousand million of them.
+
+    The classes' own initialisation takes minutes, so it happens on "meta", where it costs nothing.
+    The weights keep the variance of what passes: constants would make a GPU faster than it is,
+    values that grow overflow half precision, values that vanish are slow on a CPU.
+    """
+    with torch.device("meta"):
+        net = torch.nn.Module.to(make(), dtype)  # diffusers' own .to warns, of nothing
+    if any(True for _ in net.buffers()):  # computed in __init__, and lost on "meta"
+        raise ValueError(f"{type(net).__name__} has buffers, which random_net cannot fill")
+    net = net.to_empty(device=device).eval().requires_grad_(False)
+    for name, p in net.named_parameters():
+        if p.ndim > 1:
+            p.normal_(std=p[0].numel() ** -0.5)
+        else:
+            p.fill_(0.0 if name.endswith("bias") else 1.0)
+    return net
+
+
+# ---------------------------------------------------------------- the contestants
+
+
+def build_fiffdepth(source, settings, dtype, device):
+    """Ours. With settings["tiny"], an AutoencoderTiny takes the place of the full autoencoder."""
+    weights = real_or_random(source)
+    if source:
+        model = FiffDepth.from_pretrained(source, dtype=dtype)
+    else:
+        unet, vae = random_unet_and_vae(settings, dtype, device)
+        model = FiffDepth(unet, vae, DDPMScheduler(**SD_SCHEDULE), prompt_for(unet), DEFAULT_INFO)
+    if "tiny" in settings:
+        vae, vae_weights = tiny_vae(settings, dtype, device)
+        weights += "" if vae_weights == weights else f", VAE {vae_weights}"
+        model = FiffDepth(model.unet, vae, model.scheduler, model.prompt, model.info)
+    model.eval().to(device)
+    return Entry(lambda picture: predict_image(model, picture, size=max(picture.shape[:2])),
+                 [model], lambda size: latent_flops(model.vae, model.unet, size, 1), weights)
+
+
+def tiny_vae(settings, dtype, device):
+    """-> an AutoencoderTiny and which weights it has."""
+    if cached(*settings["tiny_hub"]):
+        return AutoencoderTiny.from_pretrained(settings["tiny_hub"][0], torch_dtype=dtype,
+                                               local_files_only=True), "real"
+    net = random_net(lambda: AutoencoderTiny.from_config(settings["tiny"]), dtype, device)
+    return net, "random"
+
+
+def random_unet_and_vae(settings, dtype, device):
+    return (random_net(lambda: UNet2DConditionModel.from_config(settings["unet"]), dtype, device),
+            random_net(lambda: AutoencoderKL.from_config(settings["vae"]), dtype, device))
+
+
+def prompt_for(unet):
+    """The empty prompt's shape [1, 2, width]: two tokens, begin and end."""
+    return torch.randn(1, 2, unet.config.cross_attention_dim, dtype=unet.dtype)
+
+
+def build_marigold(source, settings, dtype, device):
+    """diffusers' pipeline at its own defaults; settings["steps"] may replace that of steps."""
+    from diffusers import DDIMScheduler, MarigoldDepthPipeline
+
+    if source:
+        pipe = MarigoldDepthPipeline.from_pretrained(source, torch_dtype=dtype,
+                                                     local_files_only=True)
+    else:
+        unet, vae = random_unet_and_vae(settings, dtype, device)
+        pipe = MarigoldDepthPipeline(
+            unet, vae, DDIMScheduler(prediction_type="v_prediction", **SD_SCHEDULE), None, None,
+            prediction_type="depth",
+            **{k: v for k, v in settings.items() if k.startswith("default_")})
+        # without a text encoder; a real one runs once, before the clock
+        pipe.empty_text_embedding = prompt_for(unet)
+    pipe.to(device).set_progress_bar_config(disable=True)
+    resize = pipe.image_processor.resize_to_max_edge  # no bfloat16 on a CPU: it is done in float32
+    pipe.image_processor.resize_to_max_edge = lambda image, *how: resize(
+        image.float(), *how).to(image.dtype)
+    steps = settings["steps"] or pipe.default_denoising_steps
+    generator = torch.Generator(device).manual_seed(0)
+
+    def run(picture):
+        result = pipe(Image.fromarray(picture), num_inference_steps=steps, generator=generator)
+        return result.prediction[0, ..., 0]
+
+    return Entry(run, [pipe.unet, pipe.vae], lambda _: latent_flops(
+        pipe.vae, pipe.unet, pipe.default_processing_resolution, steps), real_or_random(source))
+
+
+def build_depth_anything(source, settings, dtype, device):
+    """The network of our teacher, with the teacher's resizing."""
+    from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation
+
+    if source:
+        teacher = Teacher.from_pretrained(source, dtype=dtype).to(device)
+    else:
+        config = DepthAnythingConfig(**settings["network"])
+        teacher = Teacher(random_net(lambda: DepthAnythingForDepthEstimation(config), dtype,
+                                     device), settings["processor"])
+    return Entry(lambda picture: teacher(to_tensor(picture, device))[0].cpu().numpy(),
+                 [teacher.net],
+                 lambda size: network_flops(teacher.net, teacher.resized(size, size)),
+                 real_or_random(source))
+
+
+def build_depth_pro(source, settings, dtype, device):
+    """With its field of view. transformers' processor, which wants torchvision, in five lines."""
+    from transformers import DepthProConfig, DepthProForDepthEstimation
+
+    if source:
+        net = DepthProForDepthEstimation.from_pretrained(source, dtype=dtype,
+                                                         local_files_only=True).eval().to(device)
+    else:
+        config = DepthProConfig(**settings)
+        net = random_net(lambda: DepthProForDepthEstimation(config), dtype, device)
+    side = round(net.config.patch_size / net.config.scaled_images_ratios[0])  # 1536
+
+    def run(picture):
+        x = F.interpolate(to_tensor(picture, device), (side, side), mode="bilinear")
+        out = net(x.to(dtype))
+        width_by_focal_length = 2 * torch.tan(torch.deg2rad(out.field_of_view.float()) / 2)
+        inverse = out.predicted_depth.float() * width_by_focal_length  # 1/m
+        inverse = F.interpolate(inverse[:, None], picture.shape[:2], mode="bilinear")
+        return (1 / inverse[0, 0].clamp(1e-4, 1e4)).cpu().numpy()
+
+    return Entry(run, [net], lambda _: network_flops(net, (side, side)), real_or_random(source))
+
+
+def to_tensor(picture, device):
+    """uint8 [H, W, 3] -> [1, 3, H, W] in [-1, 1]"""
+    return torch.tensor(picture, device=device).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def real_or_random(source):
+    return "real" if source else "random"
+
+
+CONTESTANTS = (
+    Contestant("fiffdepth", "FiffDepth", 0.092, build_fiffdepth, STABLE_DIFFUSION),
+    Contestant("fiffdepth", "FiffDepth, tiny VAE", None, build_fiffdepth, STABLE_DIFFUSION | {
+        "tiny": {}, "tiny_hub": ("madebyollin/taesd", "diffusion_pytorch_model.safetensors")}),
+    Contestant("marigold", "Marigold v1.1, default settings", 103, build_marigold, MARIGOLD,
+               ("prs-eth/marigold-depth-v1-1", "unet/diffusion_pytorch_model.safetensors")),
+    Contestant("marigold", "Marigold v1.1, 1 step", None, build_marigold, MARIGOLD | {"steps": 1},
+               ("prs-eth/marigold-depth-v1-1", "unet/diffusion_pytorch_model.safetensors")),
+    Contestant("depth_anything", "Depth Anything V2-L", 0.026, build_depth_anything,
+               DEPTH_ANYTHING,
+               ("depth-anything/Depth-Anything-V2-Large-hf", "model.safetensors")),
+    Contestant("depth_pro", "Depth Pro", 0.23, build_depth_pro, DEPTH_PRO,
+               ("apple/DepthPro-hf", "model.safetensors")),
+)
+
+
+# ---------------------------------------------------------------- FLOPs
+# torch's counter: a multiply-add is 2; products and convolutions only. On "meta", where nothing is
+# computed, attention falls apart into the products that the counter knows; a fused kernel on a CPU
+# would count as 0.
+
+
+def latent_flops(vae, unet, size, calls):
+    """-> {part: [calls, FLOPs a call]} of a picture [1, 3, size, size] through encoder, UNet,
+    decoder."""
+    blocks = vae.config.get("block_out_channels") or vae.config.encoder_block_out_channels
+    cells = -(-size // 2 ** (len(blocks) - 1))
+    empty = {"device": "meta", "dtype": unet.dtype}
+    picture = torch.empty(1, 3, size, size, **empty)
+    latent, unet_latent = (torch.empty(1, channels, cells, cells, **empty) for channels in
+                           (vae.config.latent_channels, unet.config.in_channels))
+    prompt = prompt_for(unet).to("meta")
+    return {"encoder": [1, flops(vae.encode, picture)],
+            "UNet": [calls, flops(unet, unet_latent, 0, prompt)],
+            "decoder": [1, flops(vae.decode, latent)]}
+
+
+def network_flops(net, size):
+    """-> {child of the network: [1, FLOPs]}; size: (H, W) of its input."""
+    with FlopCounterMode(display=False) as counter:
+        net(torch.empty(1, 3, *size, device="meta", dtype=net.dtype))
+    counts = {name: sum(counter.get_flop_counts()[f"{type(net).__name__}.{name}"].values())
+              for name, _ in net.named_children()}
+    assert sum(counts.values()) == counter.get_total_flops(), "work outside the children"
+    return {name: [1, n] for name, n in counts.items()}
+
+
+def flops(function, *arguments):
+    with FlopCounterMode(display=False) as counter:
+        function(*arguments)
+    return counter.get_total_flops()
+
+
+# ---------------------------------------------------------------- seconds
+
+
+def seconds_of(run, size, images, warm_up, device):
+    """-> seconds of each picture (numpy arrays in memory to a map in memory), and the last map."""
+    pictures, seconds = np.random.default_rng(0), []
+    for i in range(warm_up + images):
+        picture = pictures.integers(0, 256, (size, size, 3), np.uint8)
+        synchronize(device)
+        began = time.perf_counter()
+        values = run(picture)
+        synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return seconds[warm_up:], values
+
+
+def synchronize(device):
+    if device.split(":")[0] in ("cuda", "mps"):
+        getattr(torch, device.split(":")[0]).synchronize()
+
+
+def time_one(c, source, precision, device, size, images, warm_up):
+    """One contestant in one precision -> what its row says. Its networks are gone afterwards."""
+    entry = c.build(source, c.settings, getattr(torch, precision), device)
+    seconds, values = seconds_of(entry.run, size, images, warm_up, device)
+    assert values.shape == (size, size), f"{c.title}: a map of {values.shape}"
+    for net in entry.nets:
+        net.to("meta")
+    remark = "" if np.isfinite(values).all() else ", map not finite"
+    return {"weights": entry.weights + remark, "mean": float(np.mean(seconds)),
+            "sd": float(np.std(seconds, ddof=1)) if images > 1 else None,
+            "flops": entry.count(size)}
+
+
+def speed_results(device, images, warm_up=1, size=512, sources=None, contestants=CONTESTANTS,
+                  finished=None):
+    """Yields a dict for each contestant and precision, which json can store.
+
+    sources   {name: folder or hub id} of weights to take instead of those in the hub's cache
+    finished  {key: dict} of an earlier run, yielded as they are
+    """
+    half, machine = "float16" if device.startswith("cuda") else "bfloat16", machine_name(device)
+    for c in contestants:
+        given = (sources or {}).get(c.name)
+        source = given or (c.hub[0] if c.hub and cached(*c.hub) else None)
+        for precision in ("float32", half):
+            key = f"{c.title} | {precision} | {given} | {size} | {images} | {machine}"
+            result = (finished or {}).get(key)
+            if result is None:
+                result = {"key": key, "method": c.title, "precision": precision, "error": None,
+                          "published": c.published}
+                try:
+                    with torch.inference_mode():
+                        result |= time_one(c, source, precision, device, size, images, warm_up)
+                except Exception as error:  # whatever it is, the others are still to be measured
+                    result["error"] = explain(error)
+                gc.collect()  # pipelines refer to themselves
+                if device.startswith("cuda"):
+                    torch.cuda.empty_cache()
+            yield result
+
+
+def machine_name(device):
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{device} ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
+
+
+# ---------------------------------------------------------------- the table
+
+
+def speed_lines(device, images, warm_up=1, size=512, keep=lambda result: None, **options):
+    """Yields the lines of the Markdown table, each as soon as it is measured.
+
+    keep gets each result (a file may want it); options: see speed_results.
+    """
+    yield (f"{machine_name(device)}, {torch.get_num_threads()} CPU threads, torch "
+           f"{torch.__version__}; {images} pictures of {size}x{size} after {warm_up}, batch 1, "
+           "resizing included; a multiply-add is 2 FLOP")
+    yield ""
+    yield ("| method | weights | precision | seconds, mean ± sd | TFLOP | "
+           "published seconds (Titan RTX) |")
+    yield "|---|---|---|---|---|---|"
+    for result in speed_results(device, images, warm_up, size, **options):
+        keep(result)
+        yield speed_row(result)
+    yield ""
+    yield NOT_HERE
+
+
+def speed_row(r):
+    published = "" if r["published"] is None else f"{r['published']:g}"
+    if r["error"]:
+        reason = r["error"].replace("|", "/")
+        return f"| {r['method']} | | {r['precision']} | failed: {reason} | | {published} |"
+    spread = "" if r["sd"] is None else f" ± {r['sd']:.2g}"
+    parts = " + ".join(f"{name} {f'{calls} x ' if calls > 1 else ''}{n / 1e12:.2f}"
+                       for name, (calls, n) in r["flops"].items())
+    total = sum(calls * n for calls, n in r["flops"].values()) / 1e12
+    return (f"| {r['method']} | {r['weights']} | {r['precision']} | {r['mean']:.3g}{spread} | "
+            f"{total:.2f} = {parts} | {published} |")
+
+
+def run_speed(a):
+    """--speed: the table, line by line; what --out already holds for this machine is not timed."""
+    names = {c.name for c in CONTESTANTS}
+    sources = dict(word.split("=", 1) if "=" in word else (word, "") for word in a.speed_weights)
+    if not set(sources) <= names or not all(sources.values()):
+        raise UserError(f"--speed_weights {' '.join(a.speed_weights)}: NAME=DIR with a NAME of "
+                        f"{', '.join(sorted(names))}")
+    if a.checkpoint:
+        sources.setdefault("fiffdepth", a.checkpoint)
+    device = choose_device(a.device)
+    on_gpu = device.startswith("cuda")
+    images = a.speed_images or (100 if on_gpu else 3)
+    if images < 1:
+        raise UserError(f"--speed_images {images}: must be at least 1")
+    lines = a.out.read_text().splitlines() if a.out.exists() else []
+    kept = [json.loads(line) for line in lines if line.startswith('{"key"') and line.endswith("}")]
+    finished = {result["key"]: result for result in kept if not result["error"]}
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    with open(a.out, "a") as file:
+        def keep(result):
+            if result["key"] not in finished:
+                file.write(json.dumps(result) + "\n")
+                file.flush()
+        for line in speed_lines(device, images, 3 if on_gpu else 1, sources=sources, keep=keep,
+                                finished=finished):
+            print(line, flush=True)
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -773,8 +1164,9 @@ def flags():
         "world's held-out wild scenes")
     add("--list", nargs="+", action="extend", metavar="NAME=FILE",
         help="list files in Marigold's form; without one, images are found by name and sorted")
-    add("--checkpoint", default=str(HERE / "nano/weights/fiffdepth"), metavar="DIR|HUB_ID",
-        help="model to score")
+    add("--checkpoint", metavar="DIR|HUB_ID",
+        help="model to score, or to time; without it nano/weights/fiffdepth is scored, and a "
+        "network of Stable Diffusion 2's size timed")
     add("--vae", metavar="DIR|HUB_ID", help="another autoencoder of the same latent space")
     add("--teacher", metavar="DIR|HUB_ID", help="also score a teacher (Sec. 3.3) and a vertical "
         "ramp; for the small world its own teacher is the default")
@@ -790,6 +1182,12 @@ def flags():
         help="also RMSE, RMSE log, log10, SILog, delta2, delta3")
     add("--out", type=Path, default=Path("runs/evaluate.jsonl"), metavar="FILE",
         help="results, a line an image; what is there already is not computed again")
+    add("--speed", action="store_true", help="the running times of Table 3 in seconds, not scores")
+    add("--speed_images", type=int, metavar="N",
+        help="pictures timed for each method; without it, 100 on CUDA and 3 elsewhere")
+    add("--speed_weights", nargs="+", default=[], metavar="NAME=DIR|HUB_ID",
+        help="weights for --speed: " + ", ".join(sorted({c.name for c in CONTESTANTS}))
+        + "; without it, those in the hub's cache, or random ones")
     add("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"),
         help="precision of the network; auto is float16 on CUDA, else float32")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
@@ -798,8 +1196,9 @@ def flags():
 
 def main(argv=None):
     try:
+        a = flags().parse_args(argv)
         with torch.inference_mode():
-            run(flags().parse_args(argv))
+            run_speed(a) if a.speed else run(a)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

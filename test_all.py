@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
@@ -31,6 +32,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 import data  # noqa: E402
+import evaluate as ev  # noqa: E402
 import infer  # noqa: E402
 from data import BadFrame, BadFrames, FrameSet, MixedBatches, UserError, open_image  # noqa: E402
 from infer import main, predict_batch, predict_image  # noqa: E402
@@ -1931,12 +1933,14 @@ def _test_set(name, H=24, W=32):
     depth = np.round(depth * 256) / 256
     png = {"nyu": 1000, "scannet": 1000, "kitti": 256}
     if name in ("nyu", "scannet"):
-        names = {"nyu": ("test/kitchen_0004/rgb_0001.png", "test/kitchen_0004/depth_0001.png"),
-                 "scannet": ("scene0406_02/color/000300.jpg", "scene0406_02/depth/000300.png")}[name]
+        folder, image, truth = {
+            "nyu": ("test/kitchen_0004", "rgb_0001.png", "depth_0001.png"),
+            "scannet": ("scene0406_02", "color/000300.jpg", "depth/000300.png")}[name]
         raw = np.round(depth * png[name]).astype(np.uint16)
         raw[0, 0], raw[1, :] = 0, 10000
         picture = _bytes(_rgb(H, W), "PNG" if name == "nyu" else "JPEG")
-        return {names[0]: picture, names[1]: _bytes(raw)}, raw / 1000, (raw > 1) & (raw < 10000)
+        return ({f"{folder}/{image}": picture, f"{folder}/{truth}": _bytes(raw)}, raw / 1000,
+                (raw > 1) & (raw < 10000))
     if name == "diode":
         stem, mask = "indoors/scene_00021/scan_00189/00021_x", np.ones((H, W), np.float32)
         mask[:3], depth[0, 0] = 0, np.nan
@@ -2044,10 +2048,10 @@ def test_spring_disparity_becomes_depth(tmp_path):
         FrameSet("spring", tmp_path)
 
 
-@pytest.mark.parametrize("name,broken", [("sintel", "training/depth/alley_1/frame_0001.dpt"),
-                                         ("diode", "indoors/scene_00021/scan_00189/00021_x_depth.npy"),
-                                         ("ibims", "mask_transp/corridor_01.png"),
-                                         ("am2k", "validation/mask/m_1.png")])
+@pytest.mark.parametrize("name,broken", [
+    ("sintel", "training/depth/alley_1/frame_0001.dpt"),
+    ("diode", "indoors/scene_00021/scan_00189/00021_x_depth.npy"),
+    ("ibims", "mask_transp/corridor_01.png"), ("am2k", "validation/mask/m_1.png")])
 def test_damaged_test_files_are_bad_frames(tmp_path, name, broken):
     files = _test_set(name)[0]
     _write(tmp_path, files)
@@ -2071,10 +2075,12 @@ def test_lists_name_other_roots_and_names_with_blanks(tmp_path):
 
 
 def _da2k(root, missing=False):
-    pairs = {"images/indoor/a.png": [{"point1": [1, 2], "point2": [9, 3], "closer_point": "point1"},
-                                     {"point1": [1, 2], "point2": [9, 3], "closer_point": "point2"}],
-             "images/aerial/b.png": [{"point1": [0, 0], "point2": [11, 15],
-                                      "closer_point": "point1"}]}
+    def pair(first, second, nearer):
+        return {"point1": first, "point2": second, "closer_point": nearer}
+
+    pairs = {"images/indoor/a.png": [pair([1, 2], [9, 3], nearer) for nearer in
+                                     ("point1", "point2")],
+             "images/aerial/b.png": [pair([0, 0], [11, 15], "point1")]}
     files = {"annotations.json": json.dumps(pairs).encode(),
              "images/indoor/a.png": _bytes(_rgb(12, 16))}
     _write(root, files if missing else files | {"images/aerial/b.png": _bytes(_rgb(12, 16, 1))})
@@ -2187,7 +2193,8 @@ def test_evaluate_a_users_mistakes_are_one_sentence(tmp_path, capsys):
             (["--data", f"da2k={tmp_path / 'empty'}"], "no annotations.json"),
             (["--data", f"da2k={tmp_path / 'bad'}"], "annotations.json is not as DA-2K's"),
             (["--predictions", tmp_path, "--data", here], "--space"),
-            (["--predictions", tmp_path / "no", "--space", "depth", "--data", here], "no such folder"),
+            (["--predictions", tmp_path / "no", "--space", "depth", "--data", here],
+             "no such folder"),
             (["--data", here, "--space", "metric"], "only --predictions"),
             (["--data", here, "--stride", "0"], "at least 1")):
         status, _, err = _evaluate(capsys, *command, *out)
@@ -2231,6 +2238,135 @@ def test_evaluate_boundary_f1_golden_values():
     hole = square.copy()
     hole[:, :2] = 0
     assert boundary_f1(square, hole) < 1 and boundary_f1(square, hole, hole > 0) == pytest.approx(1)
+
+
+# ---------------------------------------------------------------- evaluate --speed, tiny networks
+
+SPEED_UNET = {"block_out_channels": (32,) * 4, "layers_per_block": 1, "attention_head_dim": 8,
+        "cross_attention_dim": 32, "norm_num_groups": 8}
+SPEED_VAE = ev.SD_VAE | {"block_out_channels": (32,) * 4, "layers_per_block": 1,
+                         "norm_num_groups": 8}
+SPEED_VIT = {"model_type": "dinov2", "hidden_size": 32, "num_attention_heads": 4,
+       "num_hidden_layers": 4}
+SPEED_DEPTH_PRO = {"use_fov_model": True, "patch_size": 64, "intermediate_hook_ids": [3, 1],
+             "intermediate_feature_dims": [16, 16], "scaled_images_feature_dims": [32, 32, 16],
+             "fusion_hidden_size": 16, "num_fov_head_layers": 0, "merge_padding_value": 1} | {
+    f"{part}_model_config": SPEED_VIT | {"image_size": 64, "patch_size": 8, "use_mask_token": False}
+    for part in ("image", "patch", "fov")}
+SPEED_TINY = {
+    ev.build_fiffdepth: {"unet": SPEED_UNET, "vae": SPEED_VAE},
+    ev.build_marigold: {"unet": SPEED_UNET | {"in_channels": 8}, "vae": SPEED_VAE,
+                        "default_processing_resolution": 96},
+    ev.build_depth_anything: {
+        "network": {"backbone_config": SPEED_VIT | {"image_size": 56, "out_indices": [1, 2, 3, 4],
+                                              "reshape_hidden_states": False},
+                    "reassemble_hidden_size": 32, "neck_hidden_sizes": [8, 8, 16, 16],
+                    "fusion_hidden_size": 8},
+        "processor": ev.DEPTH_ANYTHING["processor"] | {"size": {"height": 56, "width": 56}}},
+    ev.build_depth_pro: SPEED_DEPTH_PRO,
+}
+
+
+def _tiny_contestant(c):
+    settings = c.settings | SPEED_TINY[c.build]
+    if "tiny" in settings:
+        small = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4,
+                 "num_encoder_blocks": (1,) * 4, "num_decoder_blocks": (1,) * 4}
+        settings |= {"tiny": small}
+    return c._replace(settings=settings)
+
+
+def _speed_results(contestants, **options):
+    return list(ev.speed_results("cpu", 2, 1, 64, contestants=contestants, **options))
+
+
+def test_evaluate_speed_whole_table():
+    """Every method in both precisions: a time, finite maps, work in each part, a row; and what is
+    stored is not measured again."""
+    contestants, kept = [_tiny_contestant(c) for c in ev.CONTESTANTS], []
+    with torch.inference_mode():  # as evaluate.main calls it
+        lines = list(ev.speed_lines("cpu", 2, 1, 64, kept.append, contestants=contestants))
+    assert [r["error"] for r in kept] == [None] * 12
+    assert all(r["weights"] == "random" and r["mean"] > 0 and r["sd"] >= 0 for r in kept)
+    assert all(n > 0 for r in kept for _, n in r["flops"].values())
+    assert {r["precision"] for r in kept} == {"float32", "bfloat16"}
+    rows = [line for line in lines if line.startswith("|")]
+    assert len(rows) == 2 + 12 and len({row.count("|") for row in rows}) == 1
+    assert "| 103 |" in rows[6] and "UNet 4 x " in rows[6] and "UNet 4 x " not in rows[8]
+    finished = {r["key"]: r for r in json.loads(json.dumps(kept))}
+    assert len(finished) == 12
+    broken = [c._replace(build=None) for c in contestants]  # it would fail, were it called
+    assert _speed_results(broken, finished=finished) == list(finished.values())
+
+
+def test_evaluate_speed_failure_is_one_row():
+    bad = _tiny_contestant(ev.CONTESTANTS[0])
+    bad = bad._replace(title="bad", settings=bad.settings | {"unet": SPEED_UNET | {
+        "down_block_types": ("No|Such",) * 4}})
+    got = _speed_results([bad, _tiny_contestant(ev.CONTESTANTS[4])])
+    assert [bool(r["error"]) for r in got] == [True, True, False, False]
+    assert ev.speed_row(got[0]).count("|") == 7 and "failed: " in ev.speed_row(got[0])
+
+
+def test_evaluate_speed_real_weights():
+    """The small world's checkpoint, by name; its own UNet's work is in the row."""
+    nano = f"{HERE}/nano/weights/"
+    contestants = [c for c in map(_tiny_contestant, ev.CONTESTANTS)
+                   if c.name in ("fiffdepth", "depth_anything") and "tiny" not in c.settings]
+    got = _speed_results(contestants, sources={"fiffdepth": nano + "fiffdepth",
+                                        "depth_anything": nano + "teacher"})
+    assert [(r["weights"], r["error"]) for r in got] == [("real", None)] * 4
+    missing = _speed_results(contestants[:1], sources={"fiffdepth": "/no/such/folder"})
+    assert all(r["error"] for r in missing)
+
+
+def test_evaluate_speed_flops_count_attention():
+    """A multiply-add is 2, and attention counts, though not where the kernel is a fused one."""
+    q = torch.empty(1, 8, 64, 40, device="meta")
+    with torch.inference_mode():
+        assert ev.flops(F.scaled_dot_product_attention, q, q, q) == 2 * 2 * 8 * 64 * 64 * 40
+        x, w = torch.empty(1, 3, 10, 10, device="meta"), torch.empty(5, 3, 3, 3, device="meta")
+        assert ev.flops(F.conv2d, x, w) == 2 * 5 * 8 * 8 * 3 * 9
+
+
+def test_evaluate_speed_random_net():
+    net = ev.random_net(lambda: torch.nn.Sequential(torch.nn.Linear(400, 400),
+                                                    torch.nn.LayerNorm(400)), torch.float32, "cpu")
+    assert abs(net[0](torch.randn(64, 400)).std() - 1) < 0.1
+    assert net[0].bias.eq(0).all() and net[1].weight.eq(1).all()
+    with pytest.raises(ValueError, match="buffers"):
+        ev.random_net(lambda: torch.nn.BatchNorm2d(3), torch.float32, "cpu")
+
+
+def test_evaluate_speed_depth_pro_is_transformers():
+    """Our five lines of processing against the formulas of DepthProImageProcessor."""
+    c = _tiny_contestant(ev.CONTESTANTS[5])
+    picture = np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8)
+    with torch.inference_mode():
+        torch.manual_seed(0)
+        entry = c.build(None, c.settings, torch.float32, "cpu")
+        net, side = entry.nets[0], 256
+        x = (torch.tensor(picture).permute(2, 0, 1)[None] / 255 - 0.5) / 0.5
+        out = net(F.interpolate(x, (side, side), mode="bilinear", align_corners=False))
+        focal = 0.5 * 64 / torch.tan(0.5 * torch.deg2rad(out.field_of_view[0]))
+        depth = F.interpolate(out.predicted_depth[None] * 64 / focal, (64, 64), mode="bilinear")
+        want = 1 / depth.squeeze().clamp(1e-4, 1e4)
+        assert np.allclose(entry.run(picture), want.numpy(), rtol=1e-4)
+
+
+def test_evaluate_speed_flags_and_resuming(capsys, tmp_path, monkeypatch):
+    for flags, words in ((["--speed_weights", "nobody=x"], "NAME=DIR with a NAME of depth_any"),
+                         (["--speed_images", "-1"], "at least 1")):
+        status, _, err = _evaluate(capsys, "--speed", "--device", "cpu", *flags, "--out",
+                                   tmp_path / "s.jsonl")
+        assert status == 2 and words in err and err.count("\n") == 1
+    few = [_tiny_contestant(ev.CONTESTANTS[0])]
+    real = ev.speed_results
+    monkeypatch.setattr(ev, "speed_results", lambda *a, **k: real(*a, contestants=few, **k))
+    command = ["--speed", "--device", "cpu", "--speed_images", "1", "--out", tmp_path / "s.jsonl"]
+    first = _evaluate(capsys, *command)
+    assert first[0] == 0 and "| FiffDepth | random | float32 |" in first[1]
+    assert _evaluate(capsys, *command)[1] == first[1]  # the same seconds: not measured again
 
 
 # ================================================================ nano: the small world
@@ -2368,8 +2504,8 @@ def test_readme_names_functions_and_flags_that_exist():
     text = (HERE / "README.md").read_text()
     homes = {"losses": losses, "train": train, "FiffDepth": FiffDepth}
     named = re.findall(r"`(losses|train|FiffDepth)\.((?!py`)\w+)`", text)
-    assert {name for _, name in named} >= {"predict", "filter", "blend", "add_noise", "velocity", "mae",
-                                           "trajectory_loss", "gradient_matching", "training_step"}
+    assert {name for _, name in named} >= {"predict", "filter", "blend", "add_noise", "velocity",
+                                           "mae", "trajectory_loss", "gradient_matching", "training_step"}
     assert all(callable(getattr(homes[home], name)) for home, name in named)
     sources = "".join((HERE / f).read_text() for f in ("train.py", "infer.py", "evaluate.py",
                                                        "nano/scenes.py", "nano/pretrain.py"))
