@@ -61,8 +61,9 @@ def align(pred, depth, mask, space="disparity", lowest=1e-3, max_res=None):
         fit = fit & (pred > 0)
     columns = slice(None)
     if max_res and max(depth.shape) > max_res:
-        share = max_res / max(depth.shape)
-        columns = (np.arange(int(depth.shape[1] * share)) / share).astype(int)
+        numbers = torch.arange(depth.shape[1], dtype=torch.float32)[None, None]
+        columns = F.interpolate(numbers, scale_factor=max_res / max(depth.shape), mode="nearest")
+        columns = columns[0, 0].numpy().astype(int)
     fit, x, y = fit[:, columns], pred[:, columns], depth[:, columns]
     if fit.sum() < 2:
         return np.full(depth.shape, np.nan)
@@ -215,7 +216,7 @@ def thinned(near, far, y, x):
 
     with np.errstate(divide="ignore", invalid="ignore"):
         peak = ratio(y, x)
-        barrier = np.full(len(x), -np.inf)
+        barrier = np.full(len(x), -np.inf, peak.dtype)
         for step in (-1, 1):
             going, lowest, distance = np.flatnonzero(peak > THRESHOLDS[0]), peak.copy(), 0
             while going.size:
@@ -227,7 +228,7 @@ def thinned(near, far, y, x):
                 on = ~beaten & (r > THRESHOLDS[0])  # NaN, the end of the row, ends a run too
                 going = going[on]
                 lowest[going] = np.minimum(lowest[going], r[on])
-    t = THRESHOLDS[:, None]
+    t = THRESHOLDS[:, None].astype(peak.dtype)  # compared in the map's precision, as in public
     return (peak > t) & (barrier <= t)
 
 

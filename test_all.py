@@ -2504,8 +2504,9 @@ def test_readme_names_functions_and_flags_that_exist():
     text = (HERE / "README.md").read_text()
     homes = {"losses": losses, "train": train, "FiffDepth": FiffDepth}
     named = re.findall(r"`(losses|train|FiffDepth)\.((?!py`)\w+)`", text)
-    assert {name for _, name in named} >= {"predict", "filter", "blend", "add_noise", "velocity",
-                                           "mae", "trajectory_loss", "gradient_matching", "training_step"}
+    assert {name for _, name in named} >= {
+        "predict", "filter", "blend", "add_noise", "velocity", "mae", "trajectory_loss",
+        "gradient_matching", "training_step"}
     assert all(callable(getattr(homes[home], name)) for home, name in named)
     sources = "".join((HERE / f).read_text() for f in ("train.py", "infer.py", "evaluate.py",
                                                        "nano/scenes.py", "nano/pretrain.py"))
