@@ -67,9 +67,13 @@ class Tar:
         self.path, self.index = Path(path), {}      # name -> (offset, bytes)
         try:
             with tarfile.open(path, "r:") as tar:
-                for member in filter(tarfile.TarInfo.isreg, tar):
+                for member in tar:
                     name = member.name.removeprefix("./")      # `tar -cf x.tar .` writes ./name
-                    self.index[name] = member.offset_data, member.size
+                    if member.isreg():
+                        self.index[name] = member.offset_data, member.size
+                    elif member.islnk():                       # a second name of an earlier file
+                        first = member.linkname.removeprefix("./")
+                        self.index[name] = self.index.get(first, (0, 0))
         except (tarfile.TarError, OSError) as error:
             raise UserError(f"{path} is not a complete, uncompressed .tar ({error}): "
                             "fetch it again or unpack it into a folder") from error
@@ -78,10 +82,15 @@ class Tar:
         return sorted(name for name in self.index if not re.search(r"(^|/)\.", name))
 
     def read(self, name):
+        if name not in self.index:
+            raise BadFrame(f"{name} is not in {self.path.name}")
         offset, size = self.index[name]
-        with open(self.path, "rb") as file:         # opened per read: workers share no position
-            file.seek(offset)
-            return file.read(size)
+        try:
+            with open(self.path, "rb") as file:     # opened per read: workers share no position
+                file.seek(offset)
+                return file.read(size)
+        except OSError as error:
+            raise BadFrame(f"{self.path} cannot be read ({error.strerror})") from error
 
 
 class Folder:
@@ -241,7 +250,7 @@ def npy(data, what):
     """.npy file -> array [H, W], without axes of length 1."""
     try:
         array = np.load(io.BytesIO(data)).squeeze()
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError, OSError, AttributeError) as error:
         raise BadFrame(f"{what} is not a .npy file of numbers ({error})") from error
     if array.ndim != 2:
         raise BadFrame(f"{what} has the shape {array.shape}, not (height, width)")
@@ -265,7 +274,7 @@ def sintel_dpt(data, invalid=None):
     if len(data) != 12 + 4 * W * H:
         raise BadFrame(f"depth has {len(data)} bytes, not those of {H}x{W} pixels")
     depth = np.frombuffer(data, "<f4", offset=12).reshape(H, W)
-    return depth if invalid is None else np.where(grey8(invalid) > 0, np.nan, depth)
+    return depth if invalid is None else np.where(grey8(invalid, depth) > 0, np.nan, depth)
 
 
 def spring_dsp5(data, intrinsics, frame):
@@ -288,13 +297,16 @@ def ibims_png(data, valid, opaque):
     """iBims-1: 16 bits over 50 m, 0 and 65535 are no data. Despite their names, mask_invalid is
     not 0 where a pixel is valid, and mask_transp where it is not transparent."""
     raw = png16(data)
-    good = (raw > 0) & (raw < 65535) & (grey8(valid) > 0) & (grey8(opaque) > 0)
+    good = (raw > 0) & (raw < 65535) & (grey8(valid, raw) > 0) & (grey8(opaque, raw) > 0)
     return np.where(good, raw * (50 / 65535), 0)
 
 
-def grey8(data):
-    """Mask or matte, 8 bits of any mode -> uint8 [H, W]"""
-    return np.asarray(load(data, "mask").convert("L"))
+def grey8(data, like=None):
+    """Mask or matte, 8 bits of any mode -> uint8 [H, W], of the size of `like`"""
+    mask = np.asarray(load(data, "mask").convert("L"))
+    if like is not None and mask.shape != like.shape:
+        raise BadFrame(f"mask {mask.shape} and depth {like.shape} differ in size")
+    return mask
 
 
 def matte(data):
@@ -317,7 +329,8 @@ class Layout(NamedTuple):
     size: Optional[tuple] = None    # (H, W) fed to the network; None: as stored
     more: tuple = ()                # further arguments of decode: names of files like depth's,
     #                                 "?name" of one that may be missing (None), "=text" itself
-    window: Optional[tuple] = None  # (top, bottom, left, right): only these pixels are valid
+    window: Optional[tuple] = None  # (top, bottom, left, right) of a picture of (.., H, W): only
+    #                                 these pixels are valid
     sky: bool = False               # what lies beyond far is valid, at the distance far
     matte: bool = False             # the partner is a matte in [0, 1], not a depth map
     count: Optional[int] = None     # known number of frames, printed beside the number found
@@ -359,15 +372,15 @@ SPLIT = r"(\d{4}_\d\d_\d\d)/(\2_drive_\d+_sync)"       # KITTI: day and drive
 TEST_SETS = (
     Layout("nyu", "Marigold's NYUv2 (test/kitchen_0004/rgb_0001.png with depth_0001.png)",
            r"(.*/)?(test/[^/]+)/rgb_(\d+)\.png", r"\1\2/depth_\3.png", **MM_10,
-           window=(45, 471, 41, 601), count=654),
+           window=(45, 471, 41, 601, 480, 640), count=654),
     Layout("nyu", "the same without the folder test/",
            r"(.*/)?rgb_(\d+)\.png", r"\1depth_\2.png", **MM_10,
-           window=(45, 471, 41, 601), count=654),
+           window=(45, 471, 41, 601, 480, 640), count=654),
     Layout("kitti", "Marigold's KITTI Eigen split (2011_09_26/2011_09_26_drive_0002_sync/image_02/"
            "data/0000000069.png with 2011_09_26_drive_0002_sync/proj_depth/groundtruth/...)",
            r"(.*/)?" + SPLIT + r"/image_02/data/(\d+)\.png",
            r"\1\3/proj_depth/groundtruth/image_02/\4.png", kitti_png, near=1e-5, far=80.0,
-           crop=kitti_crop, window=(117, 321, 43, 1172), count=652),
+           crop=kitti_crop, window=(117, 321, 43, 1172, 352, 1216), count=652),
     Layout("eth3d", "Marigold's ETH3D (rgb/office/images/dslr_images/DSC_0219.JPG with depth/"
            "office_dslr_depth/office/ground_truth_depth/dslr_images/DSC_0219.JPG)",
            r"(.*/)?rgb/([^/]+)/images/dslr_images/([^/]+\.JPG)",
@@ -513,7 +526,7 @@ def read_list(path, names, pairs):
 class FrameSet(Dataset):
     """One data set: the frames of a root (folder or .tar), all of them or those of a list file.
 
-    name      a name in SETS
+    name      a name in SETS or TEST_SETS
     space     of the label: "disparity" or "depth"
     size      (H, W) to feed; default: the row's, else that of the first readable frame
     cap       use the first so many frames only
@@ -533,8 +546,7 @@ class FrameSet(Dataset):
             raise self.misfit(rows, list_file or "the root", candidates)
         self.layout = fits[0]
         wanted = [self.complete(f, names) for f in listed or self.pair(sorted(names))][:cap]
-        absent = {f: [n for n in (*f[:2], *f.more) if n and n[0] != "=" and n not in names]
-                  for f in wanted}
+        absent = {f: self.lacks(f, names) for f in wanted}
         self.frames = [f for f in wanted if not absent[f]]
         self.missing = [f"{name}/{f.rgb}: no {absent[f][0]}" for f in wanted if absent[f]]
         if not self.frames:
@@ -553,6 +565,12 @@ class FrameSet(Dataset):
         """Names that look like the layout's pictures -> [Frame], partners by name."""
         matches = filter(None, (re.fullmatch(self.layout.rgb, name) for name in names))
         return [Frame(m[0], self.layout.depth and m.expand(self.layout.depth)) for m in matches]
+
+    def lacks(self, frame, names):
+        """The files of a frame that are not there; its own name, when it is not as the layout's."""
+        if frame.rgb in names and not re.fullmatch(self.layout.rgb, frame.rgb):
+            return [f"picture named like {self.layout.what}"]
+        return [n for n in (*frame[:2], *frame.more) if n and n[0] != "=" and n not in names]
 
     def complete(self, frame, names):
         """Adds what goes by the picture's name: its partner, where a list has none, and more."""
@@ -577,6 +595,10 @@ class FrameSet(Dataset):
 
     def __len__(self):
         return len(self.frames)
+
+    @property
+    def names(self):
+        return [frame.rgb for frame in self.frames]
 
     def read(self, i):
         """-> rgb uint8 [H, W, 3], depth float32 [H, W] metres, valid [H, W] bool (or None, None).
@@ -604,7 +626,10 @@ class FrameSet(Dataset):
         depth = np.nan_to_num(depth, nan=0.0, posinf=0.0, neginf=0.0)
         valid = (depth > row.near) & ((depth < row.far) | (row.sky & (depth == row.far)))
         if row.window:
-            top, bottom, left, right = row.window
+            top, bottom, left, right, *size = row.window
+            if list(valid.shape) != size:
+                raise BadFrame("{}x{} pixels, the benchmark's crop is for {}x{}".format(
+                    *valid.shape, *size))
             inside = np.zeros(valid.shape, bool)
             inside[top:bottom, left:right] = True
             valid &= inside

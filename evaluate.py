@@ -12,13 +12,16 @@ not grow. An image without a score is counted and named, never averaged in.
 """
 import argparse
 import collections
+import functools
 import gc
 import hashlib
 import io
 import json
+import os
 import platform
 import sys
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -33,7 +36,7 @@ from tqdm import tqdm
 
 from data import (SETS, TEST_SETS, BadFrame, FrameSet, UserError, open_image, open_root,
                   parse_sources)
-from infer import FAILURES, choose_device, explain, load_model, predict_batch, predict_image
+from infer import choose_device, explain, load_model, predict_batch, predict_image
 from model import DEFAULT_INFO, SD_SCHEDULE, FiffDepth, Teacher
 
 HERE = Path(__file__).resolve().parent
@@ -236,14 +239,18 @@ def positive_depth(pred, space):
     """A relative map as depth > 0 without looking at the truth, for the boundary metrics, which
     forgive a scale but no shift (mode "raw"). The two constants are a choice and move the score:
     disparity x -> 1 / max(x, max(x) / 1000), depth d in [0, 1] -> d + 0.01; metric depth stays."""
+    low, high = float(np.min(pred)), float(np.max(pred))
+    if low < 0 or space == "depth" and high > 1:
+        raise BadFrame(f"values {low:g}..{high:g}: {space} maps must not be negative"
+                       + (" and lie in [0, 1]" if space == "depth" else ""))
     if space == "disparity":
-        return 1 / np.maximum(pred, max(1e-3 * float(np.max(pred)), 1e-12))
+        return 1 / np.maximum(pred, 1e-3 * high)
     return pred + 0.01 if space == "depth" else pred
 
 
 def score(pred, depth, valid, space, layout):
-    """A relative map against the truth -> AbsRel, delta1, boundary F1: least squares, clip to the
-    layout's range, metrics on the valid pixels."""
+    """What train.py and nano/pretrain.py watch: AbsRel, delta1 and boundary F1 of a relative map
+    after least squares and a clip to the layout's range."""
     aligned = np.clip(align(pred, depth, valid, space), layout.near, layout.far)
     return tuple(metric(aligned, depth, valid) for metric in (abs_rel, delta1, boundary_f1))
 
@@ -285,29 +292,34 @@ TESTS = {
 }
 
 # The paper's Table 1 (AbsRel % / delta1 %, DA-2K %) and 2 (F1 or recall), as printed.
-PAPER_1 = """
-DiverseDepth | 11.7 / 87.5 | 19.0 / 70.4 | 22.8 / 69.4 | 10.9 / 88.2 | 37.6 / 63.1 | 79.3
-MiDaS | 11.1 / 88.5 | 23.6 / 63.0 | 18.4 / 75.2 | 12.1 / 84.6 | 33.2 / 71.5 | 80.6
-LeReS | 9.0 / 91.6 | 14.9 / 78.4 | 17.1 / 77.7 | 9.1 / 91.7 | 27.1 / 76.6 | 81.1
-Omnidata v2 | 7.4 / 94.5 | 14.9 / 83.5 | 16.6 / 77.8 | 7.5 / 93.6 | 33.9 / 74.2 | 76.8
-HDN | 6.9 / 94.8 | 11.5 / 86.7 | 12.1 / 83.3 | 8.0 / 93.9 | 24.6 / 78.0 | 85.7
-DPT | 9.8 / 90.3 | 10.0 / 90.1 | 7.8 / 94.6 | 8.2 / 93.4 | 18.2 / 75.8 | 83.2
-Marigold | 5.5 / 96.4 | 9.9 / 91.6 | 6.4 / 96.0 | 6.4 / 95.1 | 30.8 / 77.3 | 86.8
-e2e-ft | 5.2 / 96.6 | 9.6 / 91.9 | 6.4 / 95.9 | 5.8 / 96.2 | 30.2 / 77.9 | 83.6
-DepthFM | 6.5 / 95.6 | 8.3 / 93.4 | 7.8 / 95.9 | 6.8 / 94.9 | 24.5 / 74.1 | 85.8
-GenPercept | 5.6 / 96.0 | 13.0 / 84.2 | 7.0 / 95.6 | 6.2 / 96.1 | 30.7 / 77.6 | 85.1
-Lotus-D | 5.3 / 96.7 | 8.1 / 92.8 | 6.5 / 95.3 | 5.8 / 96.3 | 29.9 / 78.1 | 86.8
-Lotus-G | 5.4 / 96.6 | 8.5 / 87.7 | 6.2 / 96.1 | 6.0 / 96.0 | 29.4 / 78.5 | 86.2
-GeoWizard | 5.2 / 96.6 | 9.7 / 92.1 | 6.4 / 96.1 | 6.1 / 95.3 | 29.7 / 79.2 | 88.1
-Depth Anything v1-L | 4.3 / 98.1 | 7.6 / 94.7 | 12.7 / 88.2 | 4.2 / 98.0 | 27.7 / 75.9 | 88.5
-Depth Anything v2-L | 4.5 / 97.9 | 7.4 / 94.6 | 13.1 / 86.5 | 4.2 / 97.8 | 26.2 / 75.4 | 97.1
-FiffDepth (paper) | 4.4 / 97.8 | 7.3 / 93.5 | 7.1 / 97.2 | 4.2 / 97.9 | 23.9 / 78.1 | 97.1
-"""
-PAPER_2 = """
-Depth Anything v2 | 0.228 | 0.056 | 0.111 | 0.107 | 0.131 | 0.056
-Depth Pro | 0.409 | 0.079 | 0.176 | 0.173 | 0.168 | 0.077
-FiffDepth (paper) | 0.423 | 0.086 | 0.189 | 0.176 | 0.179 | 0.091
-"""
+PAPER_1 = (
+    ("DiverseDepth", "11.7 / 87.5", "19.0 / 70.4", "22.8 / 69.4", "10.9 / 88.2",
+     "37.6 / 63.1", "79.3"),
+    ("MiDaS", "11.1 / 88.5", "23.6 / 63.0", "18.4 / 75.2", "12.1 / 84.6", "33.2 / 71.5", "80.6"),
+    ("LeReS", "9.0 / 91.6", "14.9 / 78.4", "17.1 / 77.7", "9.1 / 91.7", "27.1 / 76.6", "81.1"),
+    ("Omnidata v2", "7.4 / 94.5", "14.9 / 83.5", "16.6 / 77.8", "7.5 / 93.6", "33.9 / 74.2",
+     "76.8"),
+    ("HDN", "6.9 / 94.8", "11.5 / 86.7", "12.1 / 83.3", "8.0 / 93.9", "24.6 / 78.0", "85.7"),
+    ("DPT", "9.8 / 90.3", "10.0 / 90.1", "7.8 / 94.6", "8.2 / 93.4", "18.2 / 75.8", "83.2"),
+    ("Marigold", "5.5 / 96.4", "9.9 / 91.6", "6.4 / 96.0", "6.4 / 95.1", "30.8 / 77.3", "86.8"),
+    ("e2e-ft", "5.2 / 96.6", "9.6 / 91.9", "6.4 / 95.9", "5.8 / 96.2", "30.2 / 77.9", "83.6"),
+    ("DepthFM", "6.5 / 95.6", "8.3 / 93.4", "7.8 / 95.9", "6.8 / 94.9", "24.5 / 74.1", "85.8"),
+    ("GenPercept", "5.6 / 96.0", "13.0 / 84.2", "7.0 / 95.6", "6.2 / 96.1", "30.7 / 77.6", "85.1"),
+    ("Lotus-D", "5.3 / 96.7", "8.1 / 92.8", "6.5 / 95.3", "5.8 / 96.3", "29.9 / 78.1", "86.8"),
+    ("Lotus-G", "5.4 / 96.6", "8.5 / 87.7", "6.2 / 96.1", "6.0 / 96.0", "29.4 / 78.5", "86.2"),
+    ("GeoWizard", "5.2 / 96.6", "9.7 / 92.1", "6.4 / 96.1", "6.1 / 95.3", "29.7 / 79.2", "88.1"),
+    ("Depth Anything v1-L", "4.3 / 98.1", "7.6 / 94.7", "12.7 / 88.2", "4.2 / 98.0",
+     "27.7 / 75.9", "88.5"),
+    ("Depth Anything v2-L", "4.5 / 97.9", "7.4 / 94.6", "13.1 / 86.5", "4.2 / 97.8",
+     "26.2 / 75.4", "97.1"),
+    ("FiffDepth (paper)", "4.4 / 97.8", "7.3 / 93.5", "7.1 / 97.2", "4.2 / 97.9",
+     "23.9 / 78.1", "97.1"),
+)
+PAPER_2 = (
+    ("Depth Anything v2", "0.228", "0.056", "0.111", "0.107", "0.131", "0.056"),
+    ("Depth Pro", "0.409", "0.079", "0.176", "0.173", "0.168", "0.077"),
+    ("FiffDepth (paper)", "0.423", "0.086", "0.189", "0.176", "0.179", "0.091"),
+)
 COLUMNS = {1: ("nyu", "kitti", "eth3d", "scannet", "diode", "da2k"),
            2: ("sintel", "spring", "ibims", "am2k", "p3m", "dis5k")}
 
@@ -326,23 +338,27 @@ MEASURES = {
     "recall": {"recall_raw": ("recall (raw)", PLAIN), "recall_metric": ("recall (metric)", PLAIN)},
     "pairs": {},
 }
+ALIGNED = ("depth", "small", "f1")  # measures that align a map first
+PROTOCOL = 1  # to be raised when a change above or below changes a score: old results then rest
 
 
 # ---------------------------------------------------------------- predictors
 
 
 class Predictor(NamedTuple):
+    """Whose maps are scored. A row of results belongs to its weights, precision and device."""
     title: str
+    source: str               # checkpoint or folder, as the user wrote it
     space: str                # of its maps: disparity, depth or metric
-    predict: Callable         # (set name, image name, uint8 [H, W, 3], size) -> map [H, W]
-    identity: str             # changes with its weights
-    version: Callable = lambda name, image: ""    # of the map of one image, where that is a file
-    sized: bool = True        # does `size` matter to it?
+    predict: Callable         # (a Set, number of the image, uint8 [H, W, 3], size) -> map [H, W]
+    identity: str             # changes with the weights
+    sized: bool = True        # does the longer side matter to it?
+    version: Callable = lambda test_set, i: ""    # changes with the file of one map
 
 
-def identity(*nets):
+def identity(where, *nets):
     """A short digest of some numbers of every weight: another training gives another."""
-    digest = hashlib.sha1()
+    digest = hashlib.sha1(where.encode())
     for net in nets:
         for name, value in net.state_dict().items():
             some = value.detach().reshape(-1)[::max(1, value.numel() // 64)].float().cpu().numpy()
@@ -351,107 +367,102 @@ def identity(*nets):
 
 
 def fiffdepth(a):
+    """-> the checkpoint as a Predictor, its device and precision."""
     a.checkpoint = a.checkpoint or str(HERE / "nano/weights/fiffdepth")
     model, where = load_model(a)
 
-    def predict(_, image, rgb, size):
+    def predict(_, i, rgb, size):
         return predict_batch(model, rgb[None], size or max(rgb.shape[:2]), enlarge=True)[0]
 
-    of = f"{a.checkpoint} {where} {a.vae or ''} {identity(model.unet, model.vae)}"
-    return Predictor("FiffDepth", model.info["target"], predict, of)
+    return (Predictor("FiffDepth", shown(a.checkpoint), model.info["target"], predict,
+                      identity(where, model.unet, model.vae)),
+            model.prompt.device, model.unet.dtype)
 
 
-def teacher(path):
-    net = Teacher.from_pretrained(path)
+def teacher(path, device, dtype):
+    net = Teacher.from_pretrained(path, dtype=dtype).to(device)
 
-    def predict(_, image, rgb, size):
-        x = torch.tensor(rgb).permute(2, 0, 1)[None].float() / 127.5 - 1
-        return net(x)[0].numpy()
+    def predict(_, i, rgb, size):
+        return net(to_tensor(rgb, device))[0].float().cpu().numpy()
 
-    return Predictor("teacher", "disparity", predict, f"{path} {identity(net)}", sized=False)
+    return Predictor("teacher", shown(path), "disparity", predict,
+                     identity(f"{device}, {dtype}", net), sized=False)
 
 
 def ramp():
-    def predict(_, image, rgb, size):
+    def predict(_, i, rgb, size):
         return np.linspace(0, 1, len(rgb))[:, None] * np.ones(rgb.shape[1])
 
-    return Predictor("vertical ramp", "disparity", predict, "ramp", sized=False)
+    return Predictor("vertical ramp", "", "disparity", predict, "ramp", sized=False)
+
+
+def shown(path):
+    path = str(path)
+    return path.removeprefix(f"{HERE}/")
 
 
 def other_program(folder, space):
     """Maps that another program saved as .npy, in the sub-folders of the pictures: NAME.npy,
-    NAME_depth.npy (infer.py) or pred_ID.npy (Marigold), below folder/SET/ or folder/."""
+    NAME_depth.npy (infer.py), pred_NAME.npy or, of rgb_ID, pred_ID.npy (Marigold), below
+    folder/SET/ or folder/."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"--predictions {folder}: there is no such folder")
 
-    def find(name, image):
-        path = Path(image)
-        stem, rest = path.stem, path.stem.partition("_")[2]
-        tries = [f"{stem}.npy", f"{stem}_depth.npy", f"{stem}_{path.suffix[1:]}_depth.npy",
-                 f"pred_{stem}.npy"] + [f"pred_{rest}.npy"] * bool(rest)
-        places = [root / path.parent / file for root in (folder / name, folder) for file in tries]
-        return next((place for place in places if place.exists()), None)
+    def version(test_set, i):
+        file = map_files(folder, test_set)[i]
+        return "" if file is None else stamp(file)
 
-    def predict(name, image, rgb, size):
-        file = find(name, image)
+    def predict(test_set, i, rgb, size):
+        file = map_files(folder, test_set)[i]
         if file is None:
-            raise BadFrame(f"no prediction below {folder}")
+            raise BadFrame(f"no map of the picture's name below {folder}")
         try:
-            values = np.load(io.BytesIO(file.read_bytes())).squeeze()
-        except (ValueError, OSError, EOFError) as error:
-            raise BadFrame(f"prediction {file} is not a .npy file of numbers ({error})") from error
+            values = np.load(io.BytesIO(file.read_bytes()))
+            values = values.squeeze().astype(np.float32)
+        except (ValueError, TypeError, AttributeError, OSError, EOFError) as error:
+            raise BadFrame(f"the map is no .npy file of numbers ({error})") from error
+        if values.shape != rgb.shape[:2] and test_set.layout.crop:  # saved before the crop
+            if values.shape == stored_size(test_set.frames, i):
+                values = values[test_set.layout.crop(*values.shape)]
         if values.shape != rgb.shape[:2]:
-            raise BadFrame("prediction of {} and picture of {}x{} pixels".format(
+            raise BadFrame("map of {} and picture of {}x{} pixels".format(
                 "x".join(map(str, values.shape)), *rgb.shape[:2]))
-        return values.astype(np.float32)
+        return values
 
-    def version(name, image):
-        file = find(name, image)
-        return "" if file is None else f"{file.stat().st_size} {file.stat().st_mtime_ns}"
-
-    return Predictor(str(folder), space, predict, str(folder.resolve()), version, sized=False)
+    return Predictor("maps", str(folder), space, predict, str(folder.resolve()), False, version)
 
 
-# ---------------------------------------------------------------- one image -> one row
+@functools.lru_cache(maxsize=4)
+def map_files(folder, test_set):
+    """-> the file of each image's map, or None. Never the set's own truth, never one for two."""
+    truth = {(test_set.path / name).resolve() for frame in getattr(test_set.frames, "frames", ())
+             for name in (frame.depth, *frame.more) if name}
+    files, owners = [], {}
+    for image in test_set.names:
+        path = Path(image)
+        names = [f"{path.stem}.npy", f"{path.stem}_depth.npy",
+                 f"{path.stem}_{path.suffix[1:]}_depth.npy", f"pred_{path.stem}.npy"]
+        if path.stem.startswith("rgb_"):
+            names.append(f"pred_{path.stem[4:]}.npy")
+        places = [root / path.parent / name for root in (folder / test_set.name, folder)
+                  for name in names]
+        file = next((p for p in places if p.exists() and p.resolve() not in truth), None)
+        if file in owners and file is not None:
+            raise UserError(f"--predictions {folder}: {file} would be the map of two pictures, "
+                            f"{owners[file]} and {image}; give maps the names of their pictures")
+        owners[file] = image
+        files.append(file)
+    return files
 
 
-def checked(pred):
-    """A map -> the same as float64; NaN and constant ones are no predictions."""
-    if not np.isfinite(pred).all():
-        raise BadFrame("the prediction is not finite everywhere")
-    if pred.min() == pred.max():
-        raise BadFrame("the prediction is constant")
-    return pred.astype(np.float64)
+def stored_size(frames, i):
+    """(H, W) of a picture in its file, before any crop."""
+    return Image.open(io.BytesIO(frames.store.read(frames.names[i]))).size[::-1]
 
 
-def score_depth(pred, depth, valid, test, layout, kind, space, seed):
-    """One row of a set with depth. kind: what the map is; space: where it is aligned."""
-    if not valid.any():
-        raise BadFrame("no valid pixel")
-    low, high = test.clip or (layout.near, layout.far)
-    aligned = align(pred, depth, valid, space, max_res=test.max_res)
-    if not np.isfinite(aligned).all():
-        raise BadFrame("the prediction cannot be aligned: fewer than two pixels above 0")
-    aligned = np.clip(aligned, max(low, 1e-6), high)
-    if test.measure == "f1":
-        row = {"f1_aligned": boundary_f1(aligned, depth, valid)}
-        mode = "f1_metric" if kind == "metric" else "f1_raw"
-        return row | {mode: boundary_f1(positive_depth(pred, kind), depth, valid)}
-    row = {"abs_rel": abs_rel(aligned, depth, valid), "delta1": delta1(aligned, depth, valid)}
-    if test.measure == "small":
-        pairs = random_pairs(depth, valid, seed)
-        row |= {"f1_aligned": boundary_f1(aligned, depth, valid),
-                "pairs_right": pair_accuracy(pred, pairs, kind)}
-    return row | other_metrics(aligned, depth, valid)
-
-
-def score_matte(pred, alpha, kind):
-    inside = alpha > 0.1
-    if inside.all() or not inside.any():
-        raise BadFrame("the matte has no boundary")
-    mode = "recall_metric" if kind == "metric" else "recall_raw"
-    return {mode: boundary_recall(positive_depth(pred, kind), alpha)}
+def stamp(file):
+    return f"{file.stat().st_size} {file.stat().st_mtime_ns}"
 
 
 # ---------------------------------------------------------------- sets
@@ -479,8 +490,9 @@ class PairSet:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"--data da2k={path}: annotations.json is not as DA-2K's "
                             f"({type(error).__name__}: {error})") from error
-        self.names = list(self.pairs)
-        self.missing = [f"{n}: no such picture" for n in self.names if n not in files]
+        if not self.pairs:
+            raise UserError(f"--data da2k={path}: annotations.json names no picture")
+        self.names, self.missing = list(self.pairs), []
 
     def read(self, i):
         rgb, pairs = open_image(self.store.read(self.names[i])), self.pairs[self.names[i]]
@@ -494,42 +506,106 @@ def nearer_first(pair):
     return [*pair[near], *pair[{"point1": "point2", "point2": "point1"}[near]]]
 
 
+class Set(NamedTuple):
+    """An opened set and the images of it to score."""
+    name: str
+    path: Path
+    frames: object            # a FrameSet, or a PairSet
+    layout: object            # data.Layout
+    picked: range             # of frames.names
+
+    __hash__ = object.__hash__
+
+    @property
+    def test(self):
+        return TESTS[self.name]
+
+    @property
+    def names(self):
+        return self.frames.names
+
+
 def open_set(name, path, listed, a):
-    """-> the set and its Layout."""
     if name == "da2k":
         if listed:
             raise UserError("--list da2k=...: annotations.json is its list")
-        return PairSet(path, a.frames), next(row for row in TEST_SETS if row.name == name)
-    frames = FrameSet(name, path, listed, cap=a.frames)
-    frames.names = [frame.rgb for frame in frames.frames]
-    return frames, frames.layout
+        frames, layout = PairSet(path, a.frames), next(r for r in TEST_SETS if r.name == name)
+    else:
+        frames = FrameSet(name, path, listed, cap=a.frames)
+        layout = frames.layout
+    return Set(name, Path(path), frames, layout,
+               range(0, len(frames.names), a.stride or TESTS[name].stride))
 
 
-def protocol(name, path, frames, layout, picked):
-    """Everything that decides the numbers of a set, but for what a line of it names itself."""
-    test = TESTS[name]
-    known = f" (known: {layout.count})" if layout.count else ""
-    words = [f"{test.title}, {path}: {len(frames.names)} images{known}"]
-    if len(picked) < len(frames.names):
-        words.append(f"every {picked[1] - picked[0] if picked[1:] else ''}th scored")
-    if frames.missing:
-        words.append(f"{len(frames.missing)} without a file of theirs, the first: "
-                     f"{frames.missing[0]}")
-    if test.measure in ("depth", "small", "f1"):
+def protocol(s):
+    """Everything that decides the numbers of a set, but for what each line of it names itself."""
+    test, layout = s.test, s.layout
+    words = [f"{test.title}, {s.path}: {len(s.names)} images"]
+    if layout.count:
+        words[0] += f" (known: {layout.count})"
+    if s.name == "dis5k" and len(s.names) != layout.count:
+        words.append("Depth Pro's 200 are chosen by --list dis5k=dis5k_sample_list.txt")
+    if s.picked.step > 1:
+        words.append(f"stride {s.picked.step}: {len(s.picked)} scored")
+    if test.measure in ALIGNED:
         low, high = test.clip or (layout.near, layout.far)
-        words.append("valid where the mask file says so" if name == "diode" else
+        words.append("valid where the mask file says so" if s.name == "diode" else
                      f"valid {layout.near:g} < depth < {layout.far:g} m"
                      + (", sky counts as the farthest" if layout.sky else ""))
         if layout.crop:
             words.append("cut to the bottom-centre 352 x 1216")
         if layout.window:
-            words.append("scored in rows {}:{}, columns {}:{}".format(*layout.window))
+            words.append("scored in rows {}:{}, columns {}:{}".format(*layout.window[:4]))
         words.append("least squares per image" + (f" on columns thinned to {test.max_res}"
                                                   if test.max_res else ""))
         words.append(f"aligned maps clipped to {low:g}..{high:g} m")
     if test.measure in ("f1", "recall"):
         words.append("raw: disparity x as depth 1 / max(x, max(x)/1000), depth d as d + 0.01")
-    return "; ".join(words)
+    return "; ".join([*words, "mean over images" if test.measure != "pairs" else
+                      "all pairs pooled; those of a picture without a score are wrong"])
+
+
+# ---------------------------------------------------------------- one image -> one row
+
+
+def checked(pred):
+    """A map -> the same as float64; NaN and constant ones are no predictions."""
+    if not np.isfinite(pred).all():
+        raise BadFrame("the prediction is not finite everywhere")
+    if pred.min() == pred.max():
+        raise BadFrame("the prediction is constant")
+    return pred.astype(np.float64)
+
+
+def row_of(s, i, pred, truth, valid, kind, space):
+    """{measure: value} of one image. kind: what the map holds; space: where it is aligned."""
+    if s.test.measure == "pairs":
+        return {"right": round(pair_accuracy(pred, truth, kind) * len(truth))} if len(truth) else {}
+    if s.test.measure == "recall":
+        inside = truth > 0.1
+        if inside.all() or not inside.any():
+            raise BadFrame("the matte has no boundary")
+        mode = "recall_metric" if kind == "metric" else "recall_raw"
+        return {mode: boundary_recall(positive_depth(pred, kind), truth)}
+    if not valid.any():
+        raise BadFrame("no valid pixel")
+    low, high = s.test.clip or (s.layout.near, s.layout.far)
+    aligned = align(pred, truth, valid, space, max_res=s.test.max_res)
+    if not np.isfinite(aligned).all():
+        raise BadFrame("the prediction cannot be aligned: fewer than two valid pixels to fit, "
+                       "which a disparity must exceed 0 for")
+    aligned = np.clip(aligned, max(low, 1e-6), high)
+    if s.test.measure == "f1":
+        mode = "f1_metric" if kind == "metric" else "f1_raw"
+        return {"f1_aligned": boundary_f1(aligned, truth, valid),
+                mode: boundary_f1(positive_depth(pred, kind), truth, valid)}
+    flat = *masked(aligned, truth, valid), True
+    row = {"abs_rel": abs_rel(*flat), "delta1": delta1(*flat)} | other_metrics(*flat)
+    if s.test.measure == "small":
+        pairs = random_pairs(truth, valid, zlib.crc32(s.names[i].encode()))
+        row["f1_aligned"] = boundary_f1(aligned, truth, valid)
+        row |= {"pairs_right": pair_accuracy(pred, pairs, kind)} if len(pairs) else {}
+    return row
 
 
 # ---------------------------------------------------------------- the loop
@@ -547,155 +623,232 @@ def ahead(function, items, workers=2, waiting=4):
             yield queue.popleft().result()
 
 
-def rows_of(name, frames, layout, indices, predictor, size, space):
-    """Yields (image, row or the reason for none). Reading, network and scoring overlap: reading
-    and scoring in threads, the network here."""
-    test = TESTS[name]
+def attempt(function, *arguments):
+    """-> the result and None, or None and the reason: one image must not stop the others."""
+    try:
+        return function(*arguments), None
+    except UserError:
+        raise
+    except BadFrame as error:
+        return None, str(error)
+    except Exception as error:  # a damaged file can raise anything
+        return None, f"{type(error).__name__}: {explain(error)}"
 
+
+def rows_of(s, indices, predictor, size, space):
+    """Yields (index, row or None, reason or None). Reading, network and scoring overlap: reading
+    and scoring in threads, the network here."""
     def read(i):
-        try:
-            return i, frames.read(i)
-        except FAILURES as error:
-            return i, explain(error)
+        return i, *attempt(s.frames.read, i)
 
     def predicted():
-        for i, item in ahead(read, indices):
-            try:
-                if not isinstance(item, str):
-                    item = *item, checked(predictor.predict(name, frames.names[i], item[0], size))
-            except FAILURES as error:
-                item = explain(error)
-            yield i, item
+        for i, item, reason in ahead(read, indices):
+            pred = None
+            if reason is None:
+                pred, reason = attempt(lambda: checked(predictor.predict(s, i, item[0], size)))
+            yield i, pred, item and item[1:], reason  # without the picture: it may be large
 
-    def scored(pair):
-        i, item = pair
-        if isinstance(item, str):
-            return frames.names[i], item
-        rgb, truth, valid, pred = item
-        try:
-            if test.measure == "pairs":
-                share = pair_accuracy(pred, truth, predictor.space)
-                return frames.names[i], {"right": round(share * len(truth)) if len(truth) else 0}
-            if test.measure == "recall":
-                return frames.names[i], score_matte(pred, truth, predictor.space)
-            return frames.names[i], score_depth(pred, truth, valid, test, layout, predictor.space,
-                                                space, seed=i)
-        except FAILURES as error:
-            return frames.names[i], explain(error)
+    def scored(one):
+        i, pred, truth, reason = one
+        if reason is not None:
+            return i, None, reason
+        return i, *attempt(row_of, s, i, pred, *truth, predictor.space, space)
 
     yield from ahead(scored, predicted())
 
 
-def read_results(file):
-    """Lines of --out -> {(run, image, version): row}; a line cut short by a kill is dropped."""
-    rows, lines = {}, file.read_text().splitlines() if file.exists() else []
-    kept = []
-    for line in lines:
+def score_set(s, predictor, size, space, log):
+    """Scores what the log does not hold yet, adding each image to it -> its name there,
+    and {reason: [images]}."""
+    settings = {
+        "set": s.name, "path": str(s.path.resolve()), "predictor": predictor.title,
+        "of": predictor.identity, "map": predictor.space,
+        "aligned_in": space if s.test.measure in ALIGNED else None,
+        "size": size if predictor.sized else None, "test": repr(s.test),
+        "layout": repr([s.layout.near, s.layout.far, s.layout.window, s.layout.sky]),
+        "program": PROTOCOL}
+    run = hashlib.sha1(json.dumps(settings).encode()).hexdigest()[:12]
+    keys = [(run, s.names[i], f"{files_stamp(s, i)} {predictor.version(s, i)}") for i in s.picked]
+    todo = [i for i, key in zip(s.picked, keys) if key not in log.rows]
+    pairs = collections.Counter()
+    for i in s.picked if s.name == "da2k" else ():
+        scene = s.names[i].rpartition("images/")[2].rpartition("/")[0] or "images"
+        pairs.update({"all": len(s.frames.pairs[s.names[i]]), scene: 0})
+        pairs[scene] += len(s.frames.pairs[s.names[i]])
+    line = {"run": run, "settings": settings | {
+        "source": predictor.source, "images": len(s.picked) + len(s.frames.missing),
+        "protocol": protocol(s), "pairs": dict(pairs)}, "keys": [list(k[1:]) for k in keys]}
+    if log.runs.get(run) != line:
+        add_line(log, line)
+    failures = collections.defaultdict(list)
+    for line in s.frames.missing:  # they belong to the set, and have no score
+        failures["a file of theirs is missing"].append(line)
+    bar = tqdm(rows_of(s, todo, predictor, size, space), total=len(todo), disable=not todo,
+               unit="image", leave=False, desc=f"{s.name}, {predictor.title}"
+               + (f", {size or 'native'}" if predictor.sized else ""))
+    for i, row, reason in bar:
+        if reason is not None:
+            failures[reason].append(s.names[i])
+        else:
+            _, image, version = keys[s.picked.index(i)]
+            add_line(log, {"run": run, "image": image, "version": version} | row)
+    return run, failures
+
+
+def files_stamp(s, i):
+    """Sizes and times of what an image's score depends on: changed files are scored again."""
+    if not s.path.is_dir():
+        return stamp(s.path)
+    frames = s.frames
+    names = ((s.names[i],) if s.name == "da2k" else
+             (frames.frames[i].rgb, frames.frames[i].depth, *frames.frames[i].more))
+    files = [s.path / name for name in names if name and name[0] != "="]
+    extra = repr(frames.pairs[s.names[i]].tolist()) if s.name == "da2k" else ""
+    text = " ".join(stamp(f) for f in files if f.exists()) + extra
+    return hashlib.sha1(text.encode()).hexdigest()[:12]
+
+
+# ---------------------------------------------------------------- the results file
+
+
+class Log(NamedTuple):
+    file: Path
+    rows: dict                # (run, image, version) -> row
+    runs: dict                # run -> its line, with settings, in the order of the last use
+    speeds: dict              # key -> result of --speed
+
+
+def read_log(file):
+    """--out -> Log. A last line that a kill cut short is dropped; another file is left alone."""
+    if file.suffix != ".jsonl":
+        raise UserError(f"--out {file}: the results file must end in .jsonl")
+    log = Log(file, {}, {}, {})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = file.read_text(errors="replace") if file.exists() else ""
+    lines = text.splitlines()
+    for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-            if "image" in row:
-                rows[row["run"], row["image"], row["version"]] = row
-            kept.append(line)
+            remember(log, json.loads(line))
         except (ValueError, KeyError, TypeError):
-            continue
-    if len(kept) < len(lines):
-        file.write_text("".join(line + "\n" for line in kept))
-    return rows
+            if number < len(lines):
+                raise UserError(f"--out {file}, line {number}: not a line of evaluate.py; choose "
+                                "another file, or remove the line") from None
+            lines.pop()
+    if text != "".join(line + "\n" for line in lines):
+        temporary = file.with_name(f".{file.name}.{os.getpid()}")
+        temporary.write_text("".join(line + "\n" for line in lines))
+        os.replace(temporary, file)
+    return log
 
 
-def score_set(name, path, frames, layout, picked, predictor, size, space, done, out):
-    """Scores what is not in `done` yet, adding a line to `out` for each image -> rows, failures."""
-    of = {"set": name, "path": str(Path(path).resolve()), "predictor": predictor.title,
-          "of": predictor.identity, "map": predictor.space, "aligned_in": space, "size": size}
-    run = hashlib.sha1(json.dumps(of, sort_keys=True).encode()).hexdigest()[:12]
-    keys = {frames.names[i]: (run, frames.names[i], predictor.version(name, frames.names[i]))
-            for i in picked}
-    todo = [i for i in picked if keys[frames.names[i]] not in done]
-    failures = {}
-    with open(out, "a") as file:
-        if todo:
-            file.write(json.dumps({"run": run, "settings": of}) + "\n")
-        results = rows_of(name, frames, layout, todo, predictor, size, space)
-        for image, row in tqdm(results, total=len(todo), disable=not todo, unit="image",
-                               leave=False, desc=f"{name}, {predictor.title}, {size or 'native'}"):
-            if isinstance(row, str):
-                failures[image] = row
-                continue
-            done[keys[image]] = {"run": run, "image": image, "version": keys[image][2]} | row
-            file.write(json.dumps(done[keys[image]]) + "\n")
-            file.flush()
-    return {image: done[key] for image, key in keys.items() if key in done}, failures
+def remember(log, line):
+    if "settings" in line:
+        log.runs.pop(line["run"], None)
+        log.runs[line["run"]] = line
+    elif "image" in line:
+        log.rows[line["run"], line["image"], line["version"]] = line
+    else:
+        log.speeds[line["key"]] = line
+
+
+def add_line(log, line):
+    remember(log, line)
+    with open(log.file, "a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 # ---------------------------------------------------------------- lines and tables
 
 
-def means(rows, measure):
-    """{key: mean over images}; the plain mean of per-image scores, as all these protocols say."""
-    keys = [key for key in MEASURES[measure] if any(key in row for row in rows.values())]
-    values = {key: [row[key] for row in rows.values() if row.get(key) is not None] for key in keys}
-    return {key: float(np.mean(v)) for key, v in values.items()}
+def scores_of(log, run):
+    """A run of the log -> {key: score} and the number of images with one: the plain mean over
+    images, as these protocols say; DA-2K over pairs, for all and for each scene."""
+    line = log.runs[run]
+    rows = {image: log.rows[run, image, version] for image, version in line["keys"]
+            if (run, image, version) in log.rows}
+    pairs = line["settings"]["pairs"]
+    if pairs:
+        right = collections.Counter()
+        for image, row in rows.items():
+            scene = image.rpartition("images/")[2].rpartition("/")[0] or "images"
+            right.update({"all": row["right"], scene: 0})
+            right[scene] += row["right"]
+        return {scene: right[scene] / max(n, 1) for scene, n in pairs.items()}, len(rows)
+    keys = dict.fromkeys(key for row in rows.values() for key in row)
+    values = {key: [row[key] for row in rows.values() if key in row] for key in keys
+              if key not in ("run", "image", "version")}
+    return {key: float(np.mean(v)) for key, v in values.items()}, len(rows)
 
 
-def pair_scores(frames, picked, rows):
-    """DA-2K -> {scene or "all": accuracy}; a pair of a picture without a score is wrong."""
-    total, right = collections.Counter(), collections.Counter()
-    for i in picked:
-        image = frames.names[i]
-        folder = image.rpartition("images/")[2].rpartition("/")[0] or "images"
-        for scene in ("all", folder):
-            total[scene] += len(frames.pairs[image])
-            right[scene] += rows[image]["right"] if image in rows else 0
-    return {scene: right[scene] / max(total[scene], 1) for scene in total}
-
-
-def print_set(name, lines, others):
-    """lines: [(predictor, space, size, images, failed, scores)] of one set -> Markdown."""
-    titles = dict(MEASURES[TESTS[name].measure])
-    if not others:
-        titles = {k: v for k, v in titles.items() if k not in OTHERS}
-    keys = [k for k in titles if any(k in line[5] for line in lines)]
-    if TESTS[name].measure == "pairs":
-        keys = list(lines[0][5])
-        titles = {scene: (scene, PERCENT) for scene in keys}
+def set_table(log, runs, others):
+    """The runs of one set -> Markdown lines, what decides the numbers first."""
+    settings = [log.runs[run]["settings"] for run in runs]
+    found = [scores_of(log, run) for run in runs]
+    titles = MEASURES[TESTS[settings[0]["set"]].measure]
+    titles = titles or {scene: (scene, PERCENT) for scene in found[0][0]}
+    keys = [k for k in titles if any(k in scores for scores, _ in found)
+            and (others or k not in OTHERS)]
     head = ["predictor", "map", "aligned in", "longer side", "images", "without a score"]
-    print("| " + " | ".join(head + [titles[k][0] for k in keys]) + " |")
-    print("|" + "---|" * (len(head) + len(keys)))
-    aligned = TESTS[name].measure in ("depth", "small", "f1")
-    for predictor, space, size, images, failed, scores in lines:
-        side = (size or "native") if predictor.sized else "its own"
-        cells = [predictor.title, predictor.space, space if aligned else "-", side, images, failed]
+    lines = [settings[0]["protocol"], "", "| " + " | ".join(
+        head + [titles[k][0] for k in keys]) + " |", "|" + "---|" * (len(head) + len(keys))]
+    for of, (scores, n) in zip(settings, found):
+        cells = [" ".join([of["predictor"], of["source"]]).strip(), of["map"],
+                 of["aligned_in"] or "-", side(of["size"]), n, of["images"] - n]
         cells += [titles[k][1].format(scores[k]) if k in scores else "" for k in keys]
-        print("| " + " | ".join(map(str, cells)) + " |")
-    print(flush=True)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines + [""]
 
 
-def paper_table(number, results):
-    """The paper's table with our rows below it, blanks where nothing was run -> lines.
+def side(size):
+    return "its own" if size is None else "native" if size == 0 else str(size)
 
-    results: {(set, predictor title, space, variant of size): scores}; variant 0 is the first of the
-    test's sizes, which for Table 1 are the protocol's.
-    """
-    columns = COLUMNS[number]
-    published = [line.split(" | ") for line in (PAPER_1, PAPER_2)[number - 1].strip().split("\n")]
-    rows = {line[0]: dict(zip(columns, line[1:])) for line in published}
-    for (name, title, space, size), scores in results.items():
-        if name not in columns:
+
+def paper_table(number, log):
+    """The paper's table, our runs below its rows, blanks where nothing was run -> lines. A number
+    that not all images of the set went into says so."""
+    columns, published = COLUMNS[number], (PAPER_1, PAPER_2)[number - 1]
+    rows = {title: dict(zip(columns, cells)) for title, *cells in published}
+    for run, line in log.runs.items():
+        of = line["settings"]
+        scores, n = scores_of(log, run)
+        if of["set"] not in columns or not scores:
             continue
-        first = size == TESTS[name].sizes[0]
-        if number == 1:
-            cell = (f"{100 * scores['abs_rel']:.1f} / {100 * scores['delta1']:.1f}"
-                    if "abs_rel" in scores else f"{100 * scores['all']:.1f}")
-            label = f"{title}, {space}" + ("" if first else f", longer side {size or 'native'}")
-            rows.setdefault(label, {})[name] = cell
-            continue
-        for key, value in scores.items():
-            label = f"{title}, {key.partition('_')[2]}, longer side {size or 'native'}"
-            rows.setdefault(label, {})[name] = f"{value:.3f}"
+        layout = next(row for row in TEST_SETS if row.name == of["set"])
+        all_of = layout.count or of["images"]
+        part = "" if n >= all_of else f" ({n} of {all_of})"
+        who = f"{of['predictor']} {of['source']}".strip()
+        in_space = f", aligned in {of['aligned_in']}" if of["aligned_in"] else ""
+        cells = ({"": f"{100 * scores['abs_rel']:.1f} / {100 * scores['delta1']:.1f}"}
+                 if "abs_rel" in scores else {"": f"{100 * scores['all']:.1f}"}
+                 if "all" in scores else {key: f"{v:.3f}" for key, v in scores.items()})
+        for key, cell in cells.items():
+            mode = key.partition("_")[2]
+            detail = {"": "", "aligned": in_space}.get(mode, f", {mode}")
+            if number == 2 or of["set"] == "da2k":
+                detail += f", longer side {side(of['size'])}"
+            label = who + (detail or in_space)
+            rows.setdefault(label, {})[of["set"]] = cell + part
     head = ["", *(TESTS[name].title for name in columns)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return lines + ["| " + " | ".join([label, *(cells.get(n, "") for n in columns)]) + " |"
                     for label, cells in rows.items()]
+
+
+def report(log, others):
+    """All runs of the log: the paper's tables that have a number of ours, on the screen, and with
+    a table of each set in the .md beside --out."""
+    sets = collections.defaultdict(list)
+    for run, line in log.runs.items():
+        sets[line["settings"]["set"], line["settings"]["path"]].append(run)
+    tables = []
+    for number, unit in ((1, "AbsRel % / delta1 %, DA-2K accuracy %"), (2, "boundary F1, recall")):
+        if any(name in COLUMNS[number] for name, _ in sets):
+            tables += [f"Table {number}: {unit}", "", *paper_table(number, log), ""]
+    lines = tables + [line for runs in sets.values() for line in set_table(log, runs, others)]
+    temporary = log.file.with_name(f".{log.file.name}.{os.getpid()}")
+    temporary.write_text("\n".join(lines))
+    os.replace(temporary, log.file.with_suffix(".md"))
+    print("\n".join(tables), end="")
 
 
 # ---------------------------------------------------------------- Table 3: running time
@@ -1067,40 +1220,47 @@ def run_speed(a):
     images = a.speed_images or (100 if on_gpu else 3)
     if images < 1:
         raise UserError(f"--speed_images {images}: must be at least 1")
-    lines = a.out.read_text().splitlines() if a.out.exists() else []
-    kept = [json.loads(line) for line in lines if line.startswith('{"key"') and line.endswith("}")]
-    finished = {result["key"]: result for result in kept if not result["error"]}
-    a.out.parent.mkdir(parents=True, exist_ok=True)
-    with open(a.out, "a") as file:
-        def keep(result):
-            if result["key"] not in finished:
-                file.write(json.dumps(result) + "\n")
-                file.flush()
-        for line in speed_lines(device, images, 3 if on_gpu else 1, sources=sources, keep=keep,
-                                finished=finished):
-            print(line, flush=True)
+    for flag in ("data", "predictions", "vae", "size", "teacher"):
+        if getattr(a, flag) is not None:
+            raise UserError(f"--{flag} has no meaning with --speed; leave it out")
+    log = read_log(a.out)
+    finished = {key: result for key, result in log.speeds.items() if not result["error"]}
+
+    def keep(result):
+        if result["key"] not in finished:
+            add_line(log, result)
+
+    for line in speed_lines(device, images, 3 if on_gpu else 1, sources=sources, keep=keep,
+                            finished=finished):
+        print(line, flush=True)
+    return 0
 
 
 # ---------------------------------------------------------------- the command
 
 
-def predictors(a, names):
-    """Who is scored: one program's maps, or the checkpoint, and its teacher and a vertical ramp
-    where --teacher asks for them or the set is the small world's."""
+def predictors(a):
+    """Who is scored -> a function of the set's name: one program's maps, or the checkpoint, and
+    the teacher and a vertical ramp where --teacher asks for them or the set is the small world."""
     if a.predictions:
         if not a.space or len(a.space) != 1:
-            raise UserError("--predictions needs --space disparity, depth or metric: "
+            raise UserError("--predictions needs one --space: disparity, depth or metric, "
                             "what the maps hold")
-        return [other_program(a.predictions, a.space[0])]
+        for flag in ("checkpoint", "teacher", "size", "vae"):
+            if getattr(a, flag) is not None:
+                raise UserError(f"--{flag} has no meaning with --predictions; leave it out")
+        maps = other_program(a.predictions, a.space[0])
+        return lambda name: [maps]
     if "metric" in (a.space or ()):
         raise UserError("--space metric: only --predictions may hold metres")
-    found = [fiffdepth(a)]
-    if a.teacher or "nano" in names:
-        found += [teacher(a.teacher or HERE / "nano/weights/teacher"), ramp()]
-    return found
+    model, device, dtype = fiffdepth(a)
+    beside = functools.cache(lambda: [teacher(a.teacher or HERE / "nano/weights/teacher", device,
+                                              dtype), ramp()])
+    return lambda name: [model] + (beside() if a.teacher or name == "nano" else [])
 
 
-def sources_of(a):
+def open_sets(a):
+    """All sets, before the first is scored: a wrong one must not wait for hours."""
     default = HERE / "nano/data/wild/test"
     if a.data is None and not default.exists():
         raise UserError(f"{default} is not there yet; "
@@ -1111,49 +1271,37 @@ def sources_of(a):
     if a.size is not None and a.size < 0:
         raise UserError(f"--size {a.size}: pixels, or 0 for the picture's own")
     rows = tuple(row for row in SETS + TEST_SETS if row.name in TESTS)
-    return parse_sources(a.data or [f"nano={default}"], a.list or (), rows)
+    sources = parse_sources(a.data or [f"nano={default}"], a.list or (), rows)
+    return [open_set(name, path, listed, a) for name, (path, listed) in sources.items()]
+
+
+def jobs(s, who, a):
+    """Yields (predictor, size, space) for every line of a set's table."""
+    for predictor in who(s.name):
+        own = "depth" if predictor.space == "metric" else predictor.space
+        spaces = a.space if a.space and not a.predictions and s.test.measure in ALIGNED else [own]
+        sizes = (a.size,) if a.size is not None else s.test.sizes
+        for size in sizes if predictor.sized else sizes[:1]:
+            for space in spaces:
+                yield predictor, size, space
 
 
 def run(a):
-    sources = sources_of(a)
-    who = predictors(a, sources)
-    a.out.parent.mkdir(parents=True, exist_ok=True)
-    done, results = read_results(a.out), {}
-    for name, (path, listed) in sources.items():
-        test = TESTS[name]
-        frames, layout = open_set(name, path, listed, a)
-        picked = range(0, len(frames.names), a.stride or test.stride)
-        print(protocol(name, path, frames, layout, picked) + "\n")
-        lines = []
-        for predictor in who:
-            sizes = (a.size,) if a.size is not None else test.sizes
-            for size in sizes if predictor.sized else sizes[:1]:
-                own = "depth" if predictor.space == "metric" else predictor.space
-                spaces = [own] if a.predictions or not a.space else a.space
-                for space in spaces if test.measure in ("depth", "small", "f1") else [own]:
-                    rows, failures = score_set(name, path, frames, layout, picked, predictor, size,
-                                               space, done, a.out)
-                    for image, reason in failures.items():
-                        print(f"{predictor.title}, no score: {name}/{image}: {reason}",
-                              file=sys.stderr)
-                    scores = (pair_scores(frames, picked, rows) if test.measure == "pairs"
-                              else means(rows, test.measure))
-                    lines.append((predictor, space, size, len(rows), len(failures), scores))
-                    if scores:
-                        results[name, predictor.title, space, size] = scores
-        print_set(name, lines, a.all_metrics)
-    report(results, a.out.with_suffix(".md"))
-
-
-def report(results, file):
-    """The paper's tables that have a new number, on the screen and beside --out."""
-    text = []
-    for number, unit in ((1, "AbsRel % / delta1 %, DA-2K accuracy %"), (2, "boundary F1, recall")):
-        if any(key[0] in COLUMNS[number] for key in results):
-            text += ["", f"Table {number}: {unit}", "", *paper_table(number, results)]
-    if text:
-        file.write_text("\n".join(text) + "\n")
-        print("\n".join(text))
+    """Scores all sets -> exit status: 0, or 1 when an image has no score."""
+    sets, log = open_sets(a), read_log(a.out)
+    who, failed = predictors(a), False
+    for s in sets:
+        runs = []
+        for predictor, size, space in jobs(s, who, a):
+            run_name, failures = score_set(s, predictor, size, space, log)
+            runs.append(run_name)
+            for reason, images in failures.items():
+                failed = True
+                print(f"{predictor.title}, {len(images)} without a score: {reason}; the first: "
+                      f"{s.name}/{images[0].removeprefix(s.name + '/')}", file=sys.stderr)
+        print("\n".join(set_table(log, runs, a.all_metrics)), flush=True)
+    report(log, a.all_metrics)
+    return 1 if failed else 0
 
 
 def flags():
@@ -1171,18 +1319,19 @@ def flags():
     add("--vae", metavar="DIR|HUB_ID", help="another autoencoder of the same latent space")
     add("--teacher", metavar="DIR|HUB_ID", help="also score a teacher (Sec. 3.3) and a vertical "
         "ramp; for the small world its own teacher is the default")
-    add("--predictions", metavar="DIR", help="score .npy maps of another program instead, in the "
-        "sub-folders of the pictures: NAME.npy, NAME_depth.npy or Marigold's pred_ID.npy")
+    add("--predictions", metavar="DIR", help="score .npy maps of another program instead, of the "
+        "pictures' size, in their sub-folders: NAME.npy, NAME_depth.npy or Marigold's pred_ID.npy")
     add("--space", nargs="+", choices=("disparity", "depth", "metric"),
         help="where to align: default, the checkpoint's own; with --predictions, what the maps are")
     add("--size", type=int, help="pixels of the longer side in the network, 0 for the picture's "
         "own; default, the protocol's of each set")
-    add("--frames", type=int, help="score the first so many images only")
-    add("--stride", type=int, help="score every so many images; default 1, for Spring 5")
+    add("--frames", type=int, help="use the first so many images only")
+    add("--stride", type=int, help="score every so many of them; default 1, for Spring 5")
     add("--all_metrics", action="store_true",
         help="also RMSE, RMSE log, log10, SILog, delta2, delta3")
-    add("--out", type=Path, default=Path("runs/evaluate.jsonl"), metavar="FILE",
-        help="results, a line an image; what is there already is not computed again")
+    add("--out", type=Path, default=Path("runs/evaluate.jsonl"), metavar="FILE.jsonl",
+        help="results, a line an image, and all tables beside it as .md; what is there already "
+        "is not computed again")
     add("--speed", action="store_true", help="the running times of Table 3 in seconds, not scores")
     add("--speed_images", type=int, metavar="N",
         help="pictures timed for each method; without it, 100 on CUDA and 3 elsewhere")
@@ -1191,7 +1340,7 @@ def flags():
         + "; without it, those in the hub's cache, or random ones")
     add("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"),
         help="precision of the network; auto is float16 on CUDA, else float32")
-    add("--device", default="auto", help="auto, cpu, cuda, mps")
+    add("--device", default="auto", help="auto (cuda, then mps, then cpu), one of them, or cuda:1")
     return parser
 
 
@@ -1199,7 +1348,7 @@ def main(argv=None):
     try:
         a = flags().parse_args(argv)
         with torch.inference_mode():
-            run_speed(a) if a.speed else run(a)
+            return run_speed(a) if a.speed else run(a)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -1209,7 +1358,6 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -2103,11 +2103,16 @@ def test_evaluate_da2k_counts_missing_pictures_as_wrong(tmp_path, capsys):
         root = tmp_path / f"da2k{missing}"
         _da2k(root, missing)
         status, out, err = _evaluate(capsys, *common, f"da2k={root}", "--out", tmp_path / "r.jsonl")
-        line = next(x for x in out.splitlines() if x.startswith(f"| {tmp_path}"))
-        assert status == 0 and [c.strip() for c in line.split("|")[7:-1]] == [
+        line = next(x for x in out.splitlines() if x.startswith("| maps"))
+        assert status == missing and [c.strip() for c in line.split("|")[7:-1]] == [
             accuracy, "50.00%", aerial]
         assert ("b.png" in err) == missing
-    assert "| 33.3 |" in out.splitlines()[-1]  # the paper's table, last row
+    assert "| 33.3 (1 of 2) |" in out.splitlines()[-1]  # the paper's table, last row
+    _tar(tmp_path / "d.tar", {str(f.relative_to(root)): f.read_bytes()
+                              for f in sorted(root.rglob("*")) if f.is_file()})
+    status, out, err = _evaluate(capsys, *common, f"da2k={tmp_path / 'd.tar'}", "--out",
+                                 tmp_path / "r.jsonl")
+    assert status == 1 and "33.33%" in out and "b.png is not in d.tar" in err
 
 
 def test_evaluate_other_programs_maps(tmp_path, capsys):
@@ -2122,22 +2127,75 @@ def test_evaluate_other_programs_maps(tmp_path, capsys):
     command = ["--predictions", maps, "--space", "depth", "--data", f"nyu={tmp_path / 'nyu'}",
                "--out", out_file]
     status, out, err = _evaluate(capsys, *command)
-    assert status == 0 and "known: 654" in out and "rows 45:471, columns 41:601" in out
+    assert status == 1 and "known: 654" in out and "rows 45:471, columns 41:601" in out
     assert re.search(r"\| depth \| depth \| its own \| 1 \| 1 \| 0.00% \| 100.00% \|", out)
-    assert "rgb_0002.png: no prediction below" in err
+    assert "1 without a score: no map of the picture's name below" in err and "rgb_0002" in err
+    assert "0.0 / 100.0 (1 of 654)" in (tmp_path / "r.md").read_text()
     before = out_file.read_text()
     np.save(folder / "pred_0002.npy", np.full((480, 640), 0.5, np.float32))  # constant
     assert "constant" in _evaluate(capsys, *command)[2] and out_file.read_text().startswith(before)
     np.save(folder / "pred_0002.npy", np.full((48, 64), 0.5, np.float32))
-    assert "prediction of 48x64 and picture of 480x640" in _evaluate(capsys, *command)[2]
+    assert "map of 48x64 and picture of 480x640" in _evaluate(capsys, *command)[2]
     np.save(folder / "pred_0002.npy", np.where(depth > 3, np.nan, 1.0))
     assert "not finite" in _evaluate(capsys, *command)[2]
     np.save(folder / "pred_0002.npy", (9 - depth).astype(np.float32))
     status, out, err = _evaluate(capsys, *command, "--all_metrics")
+    assert status == 0
     assert re.search(r"\| 2 \| 0 \| 0.00% \| 100.00% \| 0.000 ", out)
     assert "no score" not in err
     images = [json.loads(x).get("image") for x in out_file.read_text().splitlines()]
     assert images.count("test/kitchen_0004/rgb_0001.png") == 1  # scored once, in four runs
+    truth = tmp_path / "nyu/test/kitchen_0004/depth_0001.png"
+    noise = np.random.default_rng(0).integers(1000, 9000, (480, 640), dtype=np.uint16)
+    truth.write_bytes(_bytes(noise))  # another truth: another score
+    assert "| 2 | 0 | 0.00% |" not in _evaluate(capsys, *command)[1]
+
+
+def test_evaluate_maps_are_never_mixed_up(tmp_path, capsys):
+    files, depth, _ = _test_set("diode")
+    _write(tmp_path / "diode", files)
+    command = ["--space", "depth", "--out", tmp_path / "r.jsonl", "--data",
+               f"diode={tmp_path / 'diode'}", "--predictions"]
+    status, out, err = _evaluate(capsys, *command, tmp_path / "diode")  # the truth is no prediction
+    assert status == 1 and "no map of the picture's name" in err
+    ibims, *_ = _test_set("ibims")
+    _write(tmp_path / "ibims", ibims | {k.replace("corridor_01", "corridor_01.x"): v
+                                        for k, v in ibims.items()})
+    _write(tmp_path / "nyu", {f"test/a/{kind}_0001.png": v for kind, v in zip(
+        ("rgb", "depth"), _test_set("nyu", 480, 640)[0].values())})
+    (tmp_path / "maps/test/a").mkdir(parents=True)
+    np.savez(tmp_path / "maps/test/a/x.npz", a=depth)
+    (tmp_path / "maps/test/a/x.npz").rename(tmp_path / "maps/test/a/rgb_0001.npy")
+    command[-2] = f"nyu={tmp_path / 'nyu'}"
+    assert "no .npy file of numbers" in _evaluate(capsys, *command, tmp_path / "maps")[2]
+
+
+def test_evaluate_leaves_other_files_alone(tmp_path, capsys):
+    _write(tmp_path / "s", _test_set("scannet")[0])
+    (tmp_path / "maps").mkdir()
+    notes = tmp_path / "notes.jsonl"
+    notes.write_text("my notes\nline 2\n")
+    command = ["--predictions", tmp_path / "maps", "--space", "depth", "--data",
+               f"scannet={tmp_path / 's'}", "--out"]
+    status, _, err = _evaluate(capsys, *command, notes)
+    assert status == 2 and "line 1" in err and notes.read_text() == "my notes\nline 2\n"
+    assert "must end in .jsonl" in _evaluate(capsys, *command, tmp_path / "README.md")[2]
+
+
+def test_evaluate_keeps_all_runs_in_its_tables(tmp_path, capsys):
+    for name in ("scannet", "sintel"):
+        _write(tmp_path / name, _test_set(name)[0])
+    _tiny_model().save_pretrained(tmp_path / "m")
+    for name in ("scannet", "sintel"):
+        status, out, err = _evaluate(capsys, "--checkpoint", tmp_path / "m", "--data",
+                                     f"{name}={tmp_path / name}", "--space", "disparity", "depth",
+                                     "--out", tmp_path / "r.jsonl")
+        assert status == 0, err
+    text = (tmp_path / "r.md").read_text()
+    assert "Table 1" in text and "Table 2" in text and "(1 of 800)" in text
+    for space in ("disparity", "depth"):
+        assert f", aligned in {space}, longer side 768 |" in text
+        assert f", aligned in {space} |" in text
 
 
 def test_evaluate_resumes_after_a_cut_line(tmp_path, capsys, monkeypatch):
@@ -2150,7 +2208,8 @@ def test_evaluate_resumes_after_a_cut_line(tmp_path, capsys, monkeypatch):
     _tiny_model().save_pretrained(tmp_path / "m")
     first = _evaluate(capsys, *command)
     assert first[0] == 0
-    out.write_text(out.read_text()[:-20])  # a kill in the middle of the last line
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text("".join(lines[:-1]) + lines[-1][:-20])  # a kill in the middle of the last line
     calls = []
     real = evaluate.predict_batch
     monkeypatch.setattr(evaluate, "predict_batch", lambda *a, **k: calls.append(1) or real(*a, **k))
@@ -2175,14 +2234,15 @@ def test_evaluate_boundary_sets_name_their_mode(tmp_path, capsys):
     assert status == 0 and "F1 (raw)" in out and "F1 (aligned)" in out and "recall (raw)" in out
     assert "sky counts as the farthest" in out and "1 / max(x, max(x)/1000)" in out
     table = (tmp_path / "r.md").read_text()
-    assert "| FiffDepth (paper) | 0.423 | 0.086 |" in table and ", raw, longer side" in table
-    assert "| 1.000 |" in table  # the matte itself as disparity finds all its boundaries
+    assert "| FiffDepth (paper) | 0.423 | 0.086 |" in table
+    assert ", raw, longer side its own" in table
+    assert "| 1.000 (1 of 200) |" in table  # the matte itself as disparity finds all its boundaries
     assert "F1 (metric)" in _evaluate(capsys, *command, "metric")[1]
 
 
 def test_evaluate_a_users_mistakes_are_one_sentence(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    _write(tmp_path / "nyu", _test_set("nyu")[0])
+    _write(tmp_path / "nyu", _test_set("nyu", 480, 640)[0])
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/annotations.json").write_text("[1, 2]")
     here, out = f"nyu={tmp_path / 'nyu'}", ["--out", tmp_path / "r.jsonl"]
@@ -2193,6 +2253,9 @@ def test_evaluate_a_users_mistakes_are_one_sentence(tmp_path, capsys):
             (["--data", f"da2k={tmp_path / 'empty'}"], "no annotations.json"),
             (["--data", f"da2k={tmp_path / 'bad'}"], "annotations.json is not as DA-2K's"),
             (["--predictions", tmp_path, "--data", here], "--space"),
+            (["--predictions", tmp_path, "--space", "depth", "--size", "9", "--data", here],
+             "--size has no meaning"),
+            (["--speed", "--data", here], "--data has no meaning"),
             (["--predictions", tmp_path / "no", "--space", "depth", "--data", here],
              "no such folder"),
             (["--data", here, "--space", "metric"], "only --predictions"),
@@ -2208,8 +2271,8 @@ def test_evaluate_the_small_worlds_table(tiny, tmp_path, capsys):
     status, out, err = _evaluate(
         capsys, "--checkpoint", tmp_path / "m", "--teacher", tiny / "teacher",
         "--data", f"nano={tmp_path / 'val'}", "--out", tmp_path / "r.jsonl")
-    assert status == 0 and "vertical ramp" in out and "rgb_00003.png" in err
-    assert re.search(r"\| FiffDepth \| disparity \| disparity \| native \| \d+ \| 1 \| \d", out)
+    assert status == 1 and "vertical ramp" in out and "rgb_00003.png" in err
+    assert re.search(r"\| FiffDepth /\S+ \| disparity \| disparity \| native \| \d+ \| 1 \|", out)
     assert all(word in out for word in ("AbsRel", "delta1", "boundary F1", "pairs"))
 
 
