@@ -683,9 +683,9 @@ def score_set(s, predictor, size, space, log):
     failures = collections.defaultdict(list)
     for line in s.frames.missing:  # they belong to the set, and have no score
         failures["a file of theirs is missing"].append(line)
-    bar = tqdm(rows_of(s, todo, predictor, size, space), total=len(todo), disable=not todo,
-               unit="image", leave=False, desc=f"{s.name}, {predictor.title}"
-               + (f", {size or 'native'}" if predictor.sized else ""))
+    title = f"{s.name}, {predictor.title}" + (f", {side(size)}" if predictor.sized else "")
+    bar = tqdm(rows_of(s, todo, predictor, size, space), desc=title, total=len(todo), unit="image",
+               disable=not todo, leave=False, mininterval=0.1 if sys.stderr.isatty() else 30)
     for i, row, reason in bar:
         if reason is not None:
             failures[reason].append(s.names[i])

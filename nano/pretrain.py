@@ -416,7 +416,7 @@ def card(a, stage, minutes, steps, net, scores, command=None):
     a.out.mkdir(parents=True, exist_ok=True)
     cards = json.loads(file.read_text()) if file.exists() else {}
     cards[stage] = {"command": command or f"python nano/pretrain.py {stage}", "steps": steps,
-                    "seed": 0, "minutes_two_cores": round(minutes, 1),
+                    "seed": 0, "minutes": round(minutes, 1),
                     "parameters": sum(p.numel() for p in net.parameters()), **flags, **scores}
     file.write_text(json.dumps(cards, indent=1) + "\n")
     print(stage, cards[stage])
