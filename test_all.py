@@ -2544,7 +2544,7 @@ def test_nano_pretrain_makes_a_base_and_a_teacher_and_resumes(tmp_path, monkeypa
     assert [json.loads(line)["step"] for line in log] == [2, 3]
     pretrain.main(["generator", "teacher", *arguments])
     model = FiffDepth.from_pretrained(out / "generator")
-    assert model.factor == 4 and Image.open(tmp_path / "assets/samples.png").size == (1024, 512)
+    assert model.factor == 8 and Image.open(tmp_path / "assets/samples.png").size == (1024, 512)
     teacher = Teacher.from_pretrained(out / "teacher")
     assert teacher(torch.zeros(1, 3, 128, 128)).shape == (1, 128, 128)
     cards = json.loads((out / "card.json").read_text())
@@ -2574,7 +2574,7 @@ def test_readme_names_functions_and_flags_that_exist():
     sources = "".join((HERE / f).read_text() for f in ("train.py", "infer.py", "evaluate.py",
                                                        "nano/scenes.py", "nano/pretrain.py"))
     others = {"--nproc_per_node", "--shutdown-timeout", "--image_size", "--resize_mode",
-              "--resize_only_if_bigger"}  # torchrun's and img2dataset's
+              "--resize_only_if_bigger", "--help"}  # torchrun's and img2dataset's
     for flag in set(re.findall(r"(?<![\w-])--[a-z]\w*(?:-\w+)*", text)) - others:
         assert f'"{flag}"' in sources, flag
 
