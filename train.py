@@ -352,6 +352,7 @@ def save_checkpoint(r, step):
 def load_checkpoint(out, model, optimizer, frames):
     """-> step and bad frames. A run killed before its first checkpoint starts again at step 0."""
     if not (out / "training.pt").exists():
+        print(f"--resume: no checkpoint in {out} yet, so the run starts again", file=sys.stderr)
         return 0, []
     state = torch.load(out / "training.pt", map_location="cpu", weights_only=True)
     if state["frames"] != frames:
