@@ -2013,6 +2013,51 @@ def test_kitti_is_cut_and_masked_as_eigen(tmp_path):
         assert not valid[200, 600 - 13] and depth[200, 600 - 13] == 80 and depth[0, 0] == 8
 
 
+def test_evaluate_kitti_maps_of_uncut_pictures(tmp_path, capsys):
+    """infer.py on the folder writes maps of the stored size; the benchmark cuts both."""
+    depth = np.tile(np.linspace(5, 60, 375)[:, None], (1, 1242))
+    name = "2011_09_26/2011_09_26_drive_0002_sync/image_02/data/0000000069"
+    truth = "2011_09_26_drive_0002_sync/proj_depth/groundtruth/image_02/0000000069.png"
+    _write(tmp_path / "kitti", {f"{name}.png": _bytes(_rgb(375, 1242)),
+                                truth: _bytes((depth * 256).astype(np.uint16))})
+    (tmp_path / "maps" / name).parent.mkdir(parents=True)
+    command = ["--predictions", tmp_path / "maps", "--space", "depth", "--out",
+               tmp_path / "r.jsonl", "--data", f"kitti={tmp_path / 'kitti'}"]
+    for values, status in ((depth, 0), (depth[23:, 13:1229], 0), (depth[1:], 1)):
+        np.save(tmp_path / "maps" / f"{name}_depth.npy", values / 100)
+        found, out, err = _evaluate(capsys, *command)
+        assert found == status and ("| 1 | 0 | 0.0" in out) == (status == 0), err
+    assert "cut to the bottom-centre 352 x 1216" in out
+
+
+def test_tar_files_with_two_names(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        member = tarfile.TarInfo("./a.png")
+        member.size = 3
+        tar.addfile(member, io.BytesIO(b"abc"))
+        link = tarfile.TarInfo("./b.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "./a.png"
+        tar.addfile(link)
+    store = data.Tar(tmp_path / "x.tar")
+    assert store.names() == ["a.png", "b.png"] and store.read("b.png") == b"abc"
+    assert _refused(BadFrame, store.read, "c.png") == "c.png is not in x.tar"
+
+
+def test_masks_of_another_size_and_listed_names_of_another_kind(tmp_path):
+    for name, file in (("sintel", "training/invalid/alley_1/frame_0001.png"),
+                       ("ibims", "mask_transp/corridor_01.png")):
+        files = _test_set(name)[0]
+        _write(tmp_path / name, files)
+        frames = FrameSet(name, tmp_path / name)
+        (tmp_path / name / file).write_bytes(_bytes(np.zeros((5, 5), np.uint8)))
+        assert "differ in size" in _refused(BadFrame, frames.read, 0)
+    files = _test_set("dis5k")[0]
+    _write(tmp_path / "d", files | {"DIS-VD/im/odd.png": next(iter(files.values()))})
+    (tmp_path / "list.txt").write_text("DIS-VD/im/odd.png\n" + next(iter(files)) + "\n")
+    frames = FrameSet("dis5k", tmp_path / "d", tmp_path / "list.txt")
+    assert len(frames) == 1 and "odd.png: no picture named like" in frames.missing[0]
+
+
 def test_eth3d_is_a_headerless_array(tmp_path):
     depth = np.full((4032, 6048), 5, "<f4")
     depth[0], depth[1] = np.inf, 0
