@@ -183,18 +183,26 @@ def ratios(inverse, mask=None):
     return near_first + near_last
 
 
-def boundary_recall(pred_depth, alpha):
+def boundary_recall(pred_depth, alpha, mask=None):
     """Depth Pro's boundary recall against a matte or mask [H, W] in [0, 1] (or 0 and 255).
 
     The object, alpha > 0.1, counts as nearer than what surrounds it. Boundaries of the prediction
     are thinned: of neighbouring pairs above a threshold only the largest ratio stays. Averaged over
     four directions, then over ten thresholds with weight t.
+    mask: count only pairs of valid pixels; NaN when it is empty.
     """
     inverse, inside = invert(pred_depth), np.asarray(alpha) > 0.1
+    outside = ~inside
+    if mask is not None:
+        mask = np.broadcast_to(np.asarray(mask, bool), inside.shape)
+        if not mask.any():
+            return float("nan")
+        inverse = np.where(mask, inverse, np.nan)  # ends every run, and is no boundary
+        inside, outside = inside & mask, outside & mask
     recalls = []
-    for D, b in ((inverse, inside), (inverse.T, inside.T)):
-        for near, far, edge in ((D[:, :-1], D[:, 1:], b[:, :-1] & ~b[:, 1:]),
-                                (D[:, 1:], D[:, :-1], b[:, 1:] & ~b[:, :-1])):
+    for D, b, not_b in ((inverse, inside, outside), (inverse.T, inside.T, outside.T)):
+        for near, far, edge in ((D[:, :-1], D[:, 1:], b[:, :-1] & not_b[:, 1:]),
+                                (D[:, 1:], D[:, :-1], b[:, 1:] & not_b[:, :-1])):
             kept = thinned(near, far, *np.nonzero(edge))
             recalls.append(kept.sum(1) / max(kept.shape[1], 1))
     left, right, top, bottom = recalls

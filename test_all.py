@@ -1907,6 +1907,14 @@ def test_evaluate_recall_golden_values():
     assert boundary_recall(square, inside * 255) == pytest.approx(1)
     assert boundary_recall(np.roll(square, 1, 1), inside) == pytest.approx(0.45)
     assert boundary_recall(6 - square, inside) == 0
+    hidden = np.ones((20, 20), bool)
+    hidden[:, 12:] = False  # the edge to the right is not asked for, three directions remain
+    assert boundary_recall(square, inside, hidden) == pytest.approx(0.75)
+    holed, broken = inside.copy(), square.copy()
+    broken[:, 12:] = np.nan  # whatever lies under the mask, a larger ratio too, changes nothing
+    assert boundary_recall(broken, holed, hidden) == boundary_recall(square, inside, hidden)
+    assert boundary_recall(square, inside, True) == boundary_recall(square, inside)
+    assert np.isnan(boundary_recall(square, inside, np.zeros((20, 20), bool)))
 
 
 def test_evaluate_raw_maps_become_positive_depth():
