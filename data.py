@@ -365,6 +365,7 @@ SETS = (
 
 
 MM_10 = dict(decode=mm, near=1e-3, far=10.0)
+NO_TEST = r"(?!(?:.*/)?test/)"                  # pictures whose depth is kept secret
 SPLIT = r"(\d{4}_\d\d_\d\d)/(\2_drive_\d+_sync)"       # KITTI: day and drive
 
 # The sets of the paper's tables (Sec. 4.2). Depth sets: Marigold's prepared archives, or what they
@@ -396,12 +397,12 @@ TEST_SETS = (
            r"(?i)(.*/)?images/.+(" + "|".join(map(re.escape, IMAGE_SUFFIXES)) + ")"),
     *(Layout(name, f"Sintel's training set with depth ({folder}/alley_1/frame_0001.png with "
              "depth/alley_1/frame_0001.dpt, below training/)",
-             rf"(.*/)?{folder}/([^/]+)/(frame_\d+)\.png", r"\1depth/\2/\3.dpt", sintel_dpt,
-             near=0.01, far=80.0, sky=True, more=(r"?\1invalid/\2/\3.png",), count=1064)
+             NO_TEST + rf"(.*/)?{folder}/([^/]+)/(frame_\d+)\.png", r"\1depth/\2/\3.dpt",
+             sintel_dpt, near=0.01, far=80.0, sky=True, more=(r"?\1invalid/\2/\3.png",), count=1064)
       for name, folder in (("sintel", "final"), ("sintel-clean", "clean"))),
     Layout("spring", "Spring's training set (0001/frame_left/frame_left_0001.png with disp1_left/"
            "disp1_left_0001.dsp5 and cam_data/intrinsics.txt, below train/)",
-           r"(.*/)?(\d{4})/frame_left/frame_left_(\d+)\.png",
+           NO_TEST + r"(.*/)?(\d{4})/frame_left/frame_left_(\d+)\.png",
            r"\1\2/disp1_left/disp1_left_\3.dsp5", spring_dsp5, near=0.01, far=200.0, sky=True,
            more=(r"\1\2/cam_data/intrinsics.txt", r"=\3"), count=5000),
     Layout("ibims", "iBims-1, ibims1_core_raw (rgb/x.png with depth/, mask_invalid/, mask_transp/)",
@@ -531,6 +532,7 @@ class FrameSet(Dataset):
     size      (H, W) to feed; default: the row's, else that of the first readable frame
     cap       use the first so many frames only
     .frames   [Frame]     .missing   ["set/file: reason"], frames that lack a file
+    .names    of their pictures      .wanted    of all pictures, also those that lack a file
     """
 
     def __init__(self, name, path, list_file=None, space="disparity", size=None, cap=None):
@@ -546,6 +548,7 @@ class FrameSet(Dataset):
             raise self.misfit(rows, list_file or "the root", candidates)
         self.layout = fits[0]
         wanted = [self.complete(f, names) for f in listed or self.pair(sorted(names))][:cap]
+        self.wanted = [f.rgb for f in wanted]
         absent = {f: self.lacks(f, names) for f in wanted}
         self.frames = [f for f in wanted if not absent[f]]
         self.missing = [f"{name}/{f.rgb}: no {absent[f][0]}" for f in wanted if absent[f]]

@@ -347,7 +347,8 @@ MEASURES = {
     "pairs": {},
 }
 ALIGNED = ("depth", "small", "f1")  # measures that align a map first
-PROTOCOL = 1  # to be raised when a change above or below changes a score: old results then rest
+MARK = "<!-- tables of evaluate.py -->\n"
+PROTOCOL = 2  # to be raised when a change above or below changes a score: old results then rest
 
 
 # ---------------------------------------------------------------- predictors
@@ -382,7 +383,8 @@ def fiffdepth(a):
     def predict(_, i, rgb, size):
         return predict_batch(model, rgb[None], size or max(rgb.shape[:2]), enlarge=True)[0]
 
-    return (Predictor("FiffDepth", shown(a.checkpoint), model.info["target"], predict,
+    source = f"{shown(a.checkpoint)}, {where}" + (f", VAE {a.vae}" if a.vae else "")
+    return (Predictor("FiffDepth", source, model.info["target"], predict,
                       identity(where, model.unet, model.vae)),
             model.prompt.device, model.unet.dtype)
 
@@ -393,7 +395,8 @@ def teacher(path, device, dtype):
     def predict(_, i, rgb, size):
         return net(to_tensor(rgb, device))[0].float().cpu().numpy()
 
-    return Predictor("teacher", shown(path), "disparity", predict,
+    where = f"{shown(path)}, {device}, {str(dtype).removeprefix('torch.')}"
+    return Predictor("teacher", where, "disparity", predict,
                      identity(f"{device}, {dtype}", net), sized=False)
 
 
@@ -492,15 +495,16 @@ class PairSet:
                             f"found no annotations.json among {len(files)} files")
         root = found[0].removesuffix("annotations.json")
         try:
-            listed = list(json.loads(self.store.read(found[0])).items())[:cap]
+            listed = json.loads(self.store.read(found[0])).items()
             self.pairs = {root + image: np.array([nearer_first(p) for p in pairs], int)
-                          for image, pairs in listed}
+                          for image, pairs in list(listed)[:cap]}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"--data da2k={path}: annotations.json is not as DA-2K's "
                             f"({type(error).__name__}: {error})") from error
         if not self.pairs:
             raise UserError(f"--data da2k={path}: annotations.json names no picture")
-        self.names, self.missing = list(self.pairs), []
+        self.names, self.missing, self.count = list(self.pairs), [], len(listed)
+        self.wanted = self.names
 
     def read(self, i):
         rgb, pairs = open_image(self.store.read(self.names[i])), self.pairs[self.names[i]]
@@ -520,7 +524,9 @@ class Set(NamedTuple):
     path: Path
     frames: object            # a FrameSet, or a PairSet
     layout: object            # data.Layout
-    picked: range             # of frames.names
+    picked: list              # numbers in frames.names
+    lost: list                # what was picked and lacks a file: ["set/file: reason"]
+    chosen: str               # how, in words
 
     __hash__ = object.__hash__
 
@@ -541,20 +547,26 @@ def open_set(name, path, listed, a):
     else:
         frames = FrameSet(name, path, listed, cap=a.frames)
         layout = frames.layout
+    stride = a.stride or TESTS[name].stride
+    wanted = set(frames.wanted[::stride])  # before files are missed: a gap must not shift the rest
+    chosen = ([f"list {listed}"] if listed else []) + (
+        [f"the first {a.frames}"] if a.frames else []) + ([f"stride {stride}"] * (stride > 1))
     return Set(name, Path(path), frames, layout,
-               range(0, len(frames.names), a.stride or TESTS[name].stride))
+               [i for i, n in enumerate(frames.names) if n in wanted],
+               [line for line in frames.missing
+                if line.removeprefix(f"{name}/").partition(": ")[0] in wanted], ", ".join(chosen))
 
 
 def protocol(s):
     """Everything that decides the numbers of a set, but for what each line of it names itself."""
     test, layout = s.test, s.layout
-    words = [f"{test.title}, {s.path}: {len(s.names)} images"]
-    if layout.count:
-        words[0] += f" (known: {layout.count})"
-    if s.name == "dis5k" and len(s.names) != layout.count:
+    words = [f"{test.title}, {s.path}: {len(s.picked)} images"]
+    if layout.count or s.name == "da2k":
+        words[0] += f" (known: {layout.count or 'about 1,000 with 2,068 pairs'})"
+    if s.chosen:
+        words.append(s.chosen)
+    if s.name == "dis5k" and len(s.picked) != layout.count:
         words.append("Depth Pro's 200 are chosen by --list dis5k=dis5k_sample_list.txt")
-    if s.picked.step > 1:
-        words.append(f"stride {s.picked.step}: {len(s.picked)} scored")
     if test.measure in ALIGNED:
         low, high = test.clip or (layout.near, layout.far)
         words.append("valid where the mask file says so" if s.name == "diode" else
@@ -588,7 +600,7 @@ def checked(pred):
 def row_of(s, i, pred, truth, valid, kind, space):
     """{measure: value} of one image. kind: what the map holds; space: where it is aligned."""
     if s.test.measure == "pairs":
-        return {"right": round(pair_accuracy(pred, truth, kind) * len(truth))} if len(truth) else {}
+        return {"right": round(pair_accuracy(pred, truth, kind) * len(truth)) if len(truth) else 0}
     if s.test.measure == "recall":
         inside = truth > 0.1
         if inside.all() or not inside.any():
@@ -597,6 +609,8 @@ def row_of(s, i, pred, truth, valid, kind, space):
         return {mode: boundary_recall(positive_depth(pred, kind), truth)}
     if not valid.any():
         raise BadFrame("no valid pixel")
+    if np.array_equal(pred[valid], truth[valid]):
+        raise BadFrame("the map is the truth itself")
     low, high = s.test.clip or (s.layout.near, s.layout.far)
     aligned = align(pred, truth, valid, space, max_res=s.test.max_res)
     if not np.isfinite(aligned).all():
@@ -666,8 +680,32 @@ def rows_of(s, indices, predictor, size, space):
 
 
 def score_set(s, predictor, size, space, log):
-    """Scores what the log does not hold yet, adding each image to it -> its name there,
+    """Scores what the log does not hold yet, adding each image to it -> the name of its table line,
     and {reason: [images]}."""
+    line = run_line(s, predictor, size, space)
+    keys = {i: (line["run"], *key) for i, key in zip(s.picked, line["keys"])}
+    todo = [i for i, key in keys.items() if key not in log.rows]
+    if todo:
+        add_line(log, line)
+    failures = collections.defaultdict(list)
+    for text in s.lost:
+        failures["a file of theirs is missing"].append(text)
+    title = f"{s.name}, {predictor.title}" + (f", {side(size)}" if predictor.sized else "")
+    bar = tqdm(rows_of(s, todo, predictor, size, space), desc=title, total=len(todo), unit="image",
+               disable=not todo, leave=False, mininterval=0.1 if sys.stderr.isatty() else 30)
+    for i, row, reason in bar:
+        if reason is not None:
+            failures[reason].append(s.names[i])
+        else:
+            add_line(log, dict(zip(("run", "image", "version"), keys[i])) | row)
+    line = line | {"failed": sum(map(len, failures.values()))}
+    if next(reversed(log.runs.values()), None) != line:  # the last use comes last in the tables
+        add_line(log, line)
+    return line["table"], failures
+
+
+def run_line(s, predictor, size, space):
+    """What decides the scores of a run (`run` is their digest) and what its tables say of it."""
     settings = {
         "set": s.name, "path": str(s.path.resolve()), "predictor": predictor.title,
         "of": predictor.identity, "map": predictor.space,
@@ -676,43 +714,33 @@ def score_set(s, predictor, size, space, log):
         "layout": repr([s.layout.near, s.layout.far, s.layout.window, s.layout.sky]),
         "program": PROTOCOL}
     run = hashlib.sha1(json.dumps(settings).encode()).hexdigest()[:12]
-    keys = [(run, s.names[i], f"{files_stamp(s, i)} {predictor.version(s, i)}") for i in s.picked]
-    todo = [i for i, key in zip(s.picked, keys) if key not in log.rows]
-    pairs = collections.Counter()
-    for i in s.picked if s.name == "da2k" else ():
-        scene = s.names[i].rpartition("images/")[2].rpartition("/")[0] or "images"
-        pairs.update({"all": len(s.frames.pairs[s.names[i]]), scene: 0})
-        pairs[scene] += len(s.frames.pairs[s.names[i]])
-    line = {"run": run, "settings": settings | {
-        "source": predictor.source, "images": len(s.picked) + len(s.frames.missing),
-        "protocol": protocol(s), "pairs": dict(pairs)}, "keys": [list(k[1:]) for k in keys]}
-    if log.runs.get(run) != line:
-        add_line(log, line)
-    failures = collections.defaultdict(list)
-    for line in s.frames.missing:  # they belong to the set, and have no score
-        failures["a file of theirs is missing"].append(line)
-    title = f"{s.name}, {predictor.title}" + (f", {side(size)}" if predictor.sized else "")
-    bar = tqdm(rows_of(s, todo, predictor, size, space), desc=title, total=len(todo), unit="image",
-               disable=not todo, leave=False, mininterval=0.1 if sys.stderr.isatty() else 30)
-    for i, row, reason in bar:
-        if reason is not None:
-            failures[reason].append(s.names[i])
-        else:
-            _, image, version = keys[s.picked.index(i)]
-            add_line(log, {"run": run, "image": image, "version": version} | row)
-    return run, failures
+    pairs = collections.Counter()  # of DA-2K, in all and in each scene
+    for i in s.picked if s.test.measure == "pairs" else ():
+        n = len(s.frames.pairs[s.names[i]])
+        pairs.update({"all": n, scene_of(s.names[i]): n})
+    return {"run": run, "settings": settings, "source": predictor.source, "pairs": dict(pairs),
+            "images": len(s.picked) + len(s.lost), "failed": None, "protocol": protocol(s),
+            "count": s.layout.count or getattr(s.frames, "count", None),
+            "keys": [[s.names[i], f"{files_stamp(s, i)} {predictor.version(s, i)}"]
+                     for i in s.picked],
+            "table": hashlib.sha1(json.dumps([run, s.chosen]).encode()).hexdigest()[:12]}
+
+
+def scene_of(image):
+    """DA-2K's images/SCENE/x.jpg -> SCENE"""
+    return image.rpartition("images/")[2].rpartition("/")[0] or "images"
 
 
 def files_stamp(s, i):
-    """Sizes and times of what an image's score depends on: changed files are scored again."""
-    if not s.path.is_dir():
-        return stamp(s.path)
-    frames = s.frames
-    names = ((s.names[i],) if s.name == "da2k" else
-             (frames.frames[i].rgb, frames.frames[i].depth, *frames.frames[i].more))
-    files = [s.path / name for name in names if name and name[0] != "="]
-    extra = repr(frames.pairs[s.names[i]].tolist()) if s.name == "da2k" else ""
-    text = " ".join(stamp(f) for f in files if f.exists()) + extra
+    """Names, sizes and times of what an image's score depends on: changed files, or another list,
+    and it is scored again."""
+    if s.name == "da2k":
+        names, extra = [s.names[i]], s.frames.pairs[s.names[i]].tolist()
+    else:
+        frame = s.frames.frames[i]
+        names, extra = [frame.rgb, frame.depth, *frame.more], []
+    paths = [s.path / n for n in names if n and n[0] != "="] if s.path.is_dir() else [s.path]
+    text = repr([names, extra, [stamp(f) for f in paths if f.exists()]])
     return hashlib.sha1(text.encode()).hexdigest()[:12]
 
 
@@ -722,7 +750,7 @@ def files_stamp(s, i):
 class Log(NamedTuple):
     file: Path
     rows: dict                # (run, image, version) -> row
-    runs: dict                # run -> its line, with settings, in the order of the last use
+    runs: dict                # table -> the line of a run, with settings; the last used is last
     speeds: dict              # key -> result of --speed
 
 
@@ -732,27 +760,39 @@ def read_log(file):
         raise UserError(f"--out {file}: the results file must end in .jsonl")
     log = Log(file, {}, {}, {})
     file.parent.mkdir(parents=True, exist_ok=True)
+    tables = file.with_suffix(".md")
+    if tables.exists() and not tables.read_text(errors="replace").startswith(MARK):
+        raise UserError(f"--out {file}: the tables would replace {tables}, which is not of this "
+                        "program; choose another name")
     text = file.read_text(errors="replace") if file.exists() else ""
     lines = text.splitlines()
     for number, line in enumerate(lines, 1):
         try:
             remember(log, json.loads(line))
         except (ValueError, KeyError, TypeError):
-            if number < len(lines):
+            cut = (number == len(lines) and not text.endswith("\n")
+                   and line.startswith('{"'[:len(line)]))
+            if not cut:
                 raise UserError(f"--out {file}, line {number}: not a line of evaluate.py; choose "
                                 "another file, or remove the line") from None
             lines.pop()
     if text != "".join(line + "\n" for line in lines):
-        temporary = file.with_name(f".{file.name}.{os.getpid()}")
-        temporary.write_text("".join(line + "\n" for line in lines))
-        os.replace(temporary, file)
+        replace_text(file, "".join(line + "\n" for line in lines))
     return log
+
+
+def replace_text(file, text):
+    """Written beside and renamed into place: whole or not at all."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, file)
 
 
 def remember(log, line):
     if "settings" in line:
-        log.runs.pop(line["run"], None)
-        log.runs[line["run"]] = line
+        if line["settings"]["program"] == PROTOCOL:  # else of an earlier version: scored again
+            log.runs.pop(line["table"], None)
+            log.runs[line["table"]] = line
     elif "image" in line:
         log.rows[line["run"], line["image"], line["version"]] = line
     else:
@@ -768,19 +808,16 @@ def add_line(log, line):
 # ---------------------------------------------------------------- lines and tables
 
 
-def scores_of(log, run):
-    """A run of the log -> {key: score} and the number of images with one: the plain mean over
+def scores_of(log, line):
+    """The line of a run -> {key: score} and the number of images with one: the plain mean over
     images, as these protocols say; DA-2K over pairs, for all and for each scene."""
-    line = log.runs[run]
+    run, pairs = line["run"], line["pairs"]
     rows = {image: log.rows[run, image, version] for image, version in line["keys"]
             if (run, image, version) in log.rows}
-    pairs = line["settings"]["pairs"]
     if pairs:
         right = collections.Counter()
         for image, row in rows.items():
-            scene = image.rpartition("images/")[2].rpartition("/")[0] or "images"
-            right.update({"all": row["right"], scene: 0})
-            right[scene] += row["right"]
+            right.update({"all": row["right"], scene_of(image): row["right"]})
         return {scene: right[scene] / max(n, 1) for scene, n in pairs.items()}, len(rows)
     keys = dict.fromkeys(key for row in rows.values() for key in row)
     values = {key: [row[key] for row in rows.values() if key in row] for key in keys
@@ -788,23 +825,25 @@ def scores_of(log, run):
     return {key: float(np.mean(v)) for key, v in values.items()}, len(rows)
 
 
-def set_table(log, runs, others):
+def set_table(log, tables, others):
     """The runs of one set -> Markdown lines, what decides the numbers first."""
-    settings = [log.runs[run]["settings"] for run in runs]
-    found = [scores_of(log, run) for run in runs]
-    titles = MEASURES[TESTS[settings[0]["set"]].measure]
-    titles = titles or {scene: (scene, PERCENT) for scene in found[0][0]}
+    lines = [log.runs[table] for table in tables]
+    found = [scores_of(log, line) for line in lines]
+    titles = MEASURES[TESTS[lines[0]["settings"]["set"]].measure]
+    titles = titles or {scene: (scene, PERCENT) for scores, _ in found for scene in scores}
     keys = [k for k in titles if any(k in scores for scores, _ in found)
             and (others or k not in OTHERS)]
     head = ["predictor", "map", "aligned in", "longer side", "images", "without a score"]
-    lines = [settings[0]["protocol"], "", "| " + " | ".join(
+    text = [lines[0]["protocol"], "", "| " + " | ".join(
         head + [titles[k][0] for k in keys]) + " |", "|" + "---|" * (len(head) + len(keys))]
-    for of, (scores, n) in zip(settings, found):
-        cells = [" ".join([of["predictor"], of["source"]]).strip(), of["map"],
-                 of["aligned_in"] or "-", side(of["size"]), n, of["images"] - n]
+    for line, (scores, n) in zip(lines, found):
+        of, failed = line["settings"], line["failed"]
+        without = f"{line['images'] - n} not run" if failed is None else failed
+        cells = [" ".join([of["predictor"], line["source"]]).strip(), of["map"],
+                 of["aligned_in"] or "-", side(of["size"]), n, without]
         cells += [titles[k][1].format(scores[k]) if k in scores else "" for k in keys]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return lines + [""]
+        text.append("| " + " | ".join(map(str, cells)) + " |")
+    return text + [""]
 
 
 def side(size):
@@ -816,25 +855,17 @@ def paper_table(number, log):
     that not all images of the set went into says so."""
     columns, published = COLUMNS[number], (PAPER_1, PAPER_2)[number - 1]
     rows = {title: dict(zip(columns, cells)) for title, *cells in published}
-    for run, line in log.runs.items():
-        of = line["settings"]
-        scores, n = scores_of(log, run)
-        if of["set"] not in columns or not scores:
+    owner = {}  # row -> weights: two checkpoints of one name do not share a row
+    for line in log.runs.values():
+        of, (scores, n) = line["settings"], scores_of(log, line)
+        if of["set"] not in columns or not n:
             continue
-        layout = next(row for row in TEST_SETS if row.name == of["set"])
-        all_of = layout.count or of["images"]
+        all_of = line["count"] or line["images"]
         part = "" if n >= all_of else f" ({n} of {all_of})"
-        who = f"{of['predictor']} {of['source']}".strip()
-        in_space = f", aligned in {of['aligned_in']}" if of["aligned_in"] else ""
-        cells = ({"": f"{100 * scores['abs_rel']:.1f} / {100 * scores['delta1']:.1f}"}
-                 if "abs_rel" in scores else {"": f"{100 * scores['all']:.1f}"}
-                 if "all" in scores else {key: f"{v:.3f}" for key, v in scores.items()})
-        for key, cell in cells.items():
-            mode = key.partition("_")[2]
-            detail = {"": "", "aligned": in_space}.get(mode, f", {mode}")
-            if number == 2 or of["set"] == "da2k":
-                detail += f", longer side {side(of['size'])}"
-            label = who + (detail or in_space)
+        for key, cell in paper_cells(scores).items():
+            label = paper_label(number, of, line["source"], key.partition("_")[2])
+            if owner.setdefault(label, of["of"]) != of["of"] or of["set"] in rows.get(label, {}):
+                label += f" ({of['of'][:6]}, {Path(of['path']).name} {line['table'][:4]})"
             rows.setdefault(label, {})[of["set"]] = cell + part
     head = ["", *(TESTS[name].title for name in columns)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -842,20 +873,38 @@ def paper_table(number, log):
                     for label, cells in rows.items()]
 
 
+def paper_cells(scores):
+    """-> {measure: cell}; one nameless cell for Table 1, one for each mode of Table 2."""
+    if "abs_rel" in scores:
+        return {"": f"{100 * scores['abs_rel']:.1f} / {100 * scores['delta1']:.1f}"}
+    if "all" in scores:
+        return {"": f"{100 * scores['all']:.1f}"}
+    return {key: f"{value:.3f}" for key, value in scores.items()}
+
+
+def paper_label(number, of, source, mode):
+    words = [f"{of['predictor']} {source}".strip()]
+    if of["aligned_in"] and mode in ("", "aligned"):
+        words.append(f"aligned in {of['aligned_in']}")
+    else:
+        words.append(f"{mode} {of['map']}".strip())
+    if number == 2 or of["set"] == "da2k":
+        words.append(f"longer side {side(of['size'])}")
+    return ", ".join(words)
+
+
 def report(log, others):
     """All runs of the log: the paper's tables that have a number of ours, on the screen, and with
     a table of each set in the .md beside --out."""
     sets = collections.defaultdict(list)
-    for run, line in log.runs.items():
-        sets[line["settings"]["set"], line["settings"]["path"]].append(run)
+    for table, line in log.runs.items():
+        sets[line["settings"]["set"], line["protocol"]].append(table)
     tables = []
     for number, unit in ((1, "AbsRel % / delta1 %, DA-2K accuracy %"), (2, "boundary F1, recall")):
         if any(name in COLUMNS[number] for name, _ in sets):
             tables += [f"Table {number}: {unit}", "", *paper_table(number, log), ""]
     lines = tables + [line for runs in sets.values() for line in set_table(log, runs, others)]
-    temporary = log.file.with_name(f".{log.file.name}.{os.getpid()}")
-    temporary.write_text("\n".join(lines))
-    os.replace(temporary, log.file.with_suffix(".md"))
+    replace_text(log.file.with_suffix(".md"), MARK + "\n" + "\n".join(lines))
     print("\n".join(tables), end="")
 
 

@@ -2223,15 +2223,64 @@ def test_evaluate_maps_are_never_mixed_up(tmp_path, capsys):
     assert "no .npy file of numbers" in _evaluate(capsys, *command, tmp_path / "maps")[2]
 
 
+def test_evaluate_tables_follow_the_last_use_and_the_weights(tmp_path, capsys):
+    for name in ("nyu", "scannet"):
+        _write(tmp_path / name, _test_set(name, *((480, 640) if name == "nyu" else ()))[0])
+    _da2k(tmp_path / "da2k")
+    (tmp_path / "maps/images/indoor").mkdir(parents=True)
+    (tmp_path / "maps/images/aerial").mkdir()
+    for image in ("indoor/a", "aerial/b"):
+        np.save(tmp_path / f"maps/images/{image}.npy", np.linspace(1, 0, 12)[:, None] * np.ones(16))
+    out = tmp_path / "r.jsonl"
+    maps = ["--predictions", tmp_path / "maps", "--data", f"da2k={tmp_path / 'da2k'}", "--out", out]
+    for space in ("disparity", "depth", "disparity"):
+        assert _evaluate(capsys, *maps, "--space", space)[0] == 0
+    rows = [x for x in (tmp_path / "r.md").read_text().splitlines() if x.startswith("| maps")]
+    assert sum(" disparity," in x and "| 66.7 |" in x for x in rows) == 1
+    assert sum(" depth," in x and "| 33.3 |" in x for x in rows) == 1
+    for width, name in ((16, "scannet"), (8, "nyu")):  # other weights in the same folder
+        _tiny_model(width=width).save_pretrained(tmp_path / "m")
+        assert _evaluate(capsys, "--checkpoint", tmp_path / "m", "--size", "64", "--out", out,
+                         "--data", f"{name}={tmp_path / name}")[0] == 0
+    table = (tmp_path / "r.md").read_text().split("Table 1")[1].split("\n\n")[1]
+    assert len([x for x in table.splitlines() if x.startswith("| FiffDepth /")]) == 2
+
+
+def test_evaluate_strides_over_gaps_and_says_what_was_not_run(tmp_path, capsys):
+    files, *_ = _test_set("sintel")
+    frames = {k.replace("frame_0001", f"frame_{n:04}"): v for n in range(1, 7)
+              for k, v in files.items() if "invalid" not in k and not (n == 2 and "dpt" in k)}
+    _write(tmp_path / "s", frames | {"test/final/x/frame_0001.png": _bytes(_rgb(24, 32))})
+    command = ["--predictions", tmp_path, "--space", "disparity", "--stride", "2", "--out",
+               tmp_path / "r.jsonl", "--data", f"sintel={tmp_path / 's'}"]
+    status, out, err = _evaluate(capsys, *command)
+    assert "3 images (known: 1064); stride 2" in out and "frame_0001" in err  # 1, 3 and 5
+    assert "| 0 | 3 |" in out and status == 1 and "test/" not in err
+
+
+def test_evaluate_refuses_the_truth_as_a_prediction(tmp_path, capsys):
+    files, depth, valid = _test_set("diode")
+    _tar(tmp_path / "diode.tar", files)
+    _write(tmp_path / "copy", files)
+    status, out, err = _evaluate(capsys, "--predictions", tmp_path / "copy", "--space", "depth",
+                                 "--data", f"diode={tmp_path / 'diode.tar'}", "--out",
+                                 tmp_path / "r.jsonl")
+    assert status == 1 and ("the truth itself" in err or "not finite" in err)
+
+
 def test_evaluate_leaves_other_files_alone(tmp_path, capsys):
     _write(tmp_path / "s", _test_set("scannet")[0])
     (tmp_path / "maps").mkdir()
     notes = tmp_path / "notes.jsonl"
-    notes.write_text("my notes\nline 2\n")
+    (tmp_path / "mine.md").write_text("# my notes")
     command = ["--predictions", tmp_path / "maps", "--space", "depth", "--data",
                f"scannet={tmp_path / 's'}", "--out"]
-    status, _, err = _evaluate(capsys, *command, notes)
-    assert status == 2 and "line 1" in err and notes.read_text() == "my notes\nline 2\n"
+    for text in ("my notes\nline 2\n", '{"prompt": "mine"}\n', "one line"):
+        notes.write_text(text)
+        status, _, err = _evaluate(capsys, *command, notes)
+        assert status == 2 and "line 1" in err and notes.read_text() == text
+    assert "would replace" in _evaluate(capsys, *command, tmp_path / "mine.jsonl")[2]
+    assert (tmp_path / "mine.md").read_text() == "# my notes"
     assert "must end in .jsonl" in _evaluate(capsys, *command, tmp_path / "README.md")[2]
 
 
@@ -2262,7 +2311,8 @@ def test_evaluate_resumes_after_a_cut_line(tmp_path, capsys, monkeypatch):
     first = _evaluate(capsys, *command)
     assert first[0] == 0
     lines = out.read_text().splitlines(keepends=True)
-    out.write_text("".join(lines[:-1]) + lines[-1][:-20])  # a kill in the middle of the last line
+    assert [("image" in line) for line in lines] == [False, True, True, False]
+    out.write_text("".join(lines[:2]) + lines[2][:-20])  # a kill in the middle of the second image
     calls = []
     real = evaluate.predict_batch
     monkeypatch.setattr(evaluate, "predict_batch", lambda *a, **k: calls.append(1) or real(*a, **k))
@@ -2288,7 +2338,7 @@ def test_evaluate_boundary_sets_name_their_mode(tmp_path, capsys):
     assert "sky counts as the farthest" in out and "1 / max(x, max(x)/1000)" in out
     table = (tmp_path / "r.md").read_text()
     assert "| FiffDepth (paper) | 0.423 | 0.086 |" in table
-    assert ", raw, longer side its own" in table
+    assert ", raw disparity, longer side its own" in table
     assert "| 1.000 (1 of 200) |" in table  # the matte itself as disparity finds all its boundaries
     assert "F1 (metric)" in _evaluate(capsys, *command, "metric")[1]
 
@@ -2325,7 +2375,8 @@ def test_evaluate_the_small_worlds_table(tiny, tmp_path, capsys):
         capsys, "--checkpoint", tmp_path / "m", "--teacher", tiny / "teacher",
         "--data", f"nano={tmp_path / 'val'}", "--out", tmp_path / "r.jsonl")
     assert status == 1 and "vertical ramp" in out and "rgb_00003.png" in err
-    assert re.search(r"\| FiffDepth /\S+ \| disparity \| disparity \| native \| \d+ \| 1 \|", out)
+    assert re.search(r"\| FiffDepth /\S+, cpu, float32 \| disparity \| disparity \| native \| \d+ "
+                     r"\| 1 \|", out)
     assert all(word in out for word in ("AbsRel", "delta1", "boundary F1", "pairs"))
 
 
