@@ -2311,7 +2311,7 @@ def test_evaluate_resumes_after_a_cut_line(tmp_path, capsys, monkeypatch):
     first = _evaluate(capsys, *command)
     assert first[0] == 0
     lines = out.read_text().splitlines(keepends=True)
-    assert [("image" in line) for line in lines] == [False, True, True, False]
+    assert ['"image":' in line for line in lines] == [False, True, True, False]
     out.write_text("".join(lines[:2]) + lines[2][:-20])  # a kill in the middle of the second image
     calls = []
     real = evaluate.predict_batch
