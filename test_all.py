@@ -1,6 +1,6 @@
 """Tests: each one fails when the thing it names is wrong, not only when it crashes.
 
-    pytest test_all.py            # about a minute on two cores, offline
+    pytest test_all.py            # one to two minutes, offline
     pytest test_all.py -k losses  # one part: losses, model, teacher, data, train, infer,
                                   # evaluate, nano, readme
 """
