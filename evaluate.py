@@ -408,8 +408,8 @@ def ramp():
 
 
 def shown(path):
-    path = str(path)
-    return path.removeprefix(f"{HERE}/")
+    """A path as results name it: below the project without the folder the project lies in."""
+    return str(path).removeprefix(f"{HERE}/")
 
 
 def other_program(folder, space):
@@ -469,7 +469,7 @@ def map_files(folder, test_set):
 
 def stored_size(frames, i):
     """(H, W) of a picture in its file, before any crop."""
-    return Image.open(io.BytesIO(frames.store.read(frames.names[i]))).size[::-1]
+    return Image.open(io.BytesIO(frames.store.read(frames.frames[i].rgb))).size[::-1]
 
 
 def stamp(file):
@@ -523,8 +523,9 @@ class Set(NamedTuple):
     name: str
     path: Path
     frames: object            # a FrameSet, or a PairSet
+    names: list               # of its images
     layout: object            # data.Layout
-    picked: list              # numbers in frames.names
+    picked: list              # numbers of images
     lost: list                # what was picked and lacks a file: ["set/file: reason"]
     chosen: str               # how, in words
 
@@ -533,10 +534,6 @@ class Set(NamedTuple):
     @property
     def test(self):
         return TESTS[self.name]
-
-    @property
-    def names(self):
-        return self.frames.names
 
 
 def open_set(name, path, listed, a):
@@ -551,8 +548,9 @@ def open_set(name, path, listed, a):
     wanted = set(frames.wanted[::stride])  # before files are missed: a gap must not shift the rest
     chosen = ([f"list {listed}"] if listed else []) + (
         [f"the first {a.frames}"] if a.frames else []) + ([f"stride {stride}"] * (stride > 1))
-    return Set(name, Path(path), frames, layout,
-               [i for i, n in enumerate(frames.names) if n in wanted],
+    names = frames.names
+    return Set(name, Path(path), frames, names, layout,
+               [i for i, n in enumerate(names) if n in wanted],
                [line for line in frames.missing
                 if line.removeprefix(f"{name}/").partition(": ")[0] in wanted], ", ".join(chosen))
 
