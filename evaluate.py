@@ -269,7 +269,6 @@ def score(pred, depth, valid, space, layout):
 class Test(NamedTuple):
     """How a set of data.SETS or data.TEST_SETS is scored."""
     title: str
-    table: int                # of the paper; 0: none of them
     measure: str              # depth, small, pairs, f1 or recall: see MEASURES
     sizes: tuple = (0,)       # longer side in the network, pixels; 0: as stored
     clip: tuple = ()          # metres, of aligned maps; (): the layout's near and far
@@ -280,23 +279,23 @@ class Test(NamedTuple):
 # Sizes, ranges and alignment of Table 1 are Marigold's. For the boundary sets and DA-2K the paper
 # names no size: 768, Stable Diffusion 2's, and the picture's own, as two rows.
 TESTS = {
-    "nyu": Test("NYUv2", 1, "depth"),
-    "kitti": Test("KITTI", 1, "depth"),
-    "eth3d": Test("ETH3D", 1, "depth", (756,), max_res=1024),
-    "scannet": Test("ScanNet", 1, "depth"),
-    "diode": Test("DIODE-Full", 1, "depth", (640,), (0.6, 350.0)),
-    "da2k": Test("DA-2K", 1, "pairs", (768, 0)),
-    "sintel": Test("Sintel F1", 2, "f1", (768, 0)),
-    "sintel-clean": Test("Sintel clean F1", 2, "f1", (768, 0)),
-    "spring": Test("Spring F1", 2, "f1", (768, 0), stride=5),
-    "ibims": Test("iBims F1", 2, "f1", (768, 0)),
-    "am2k": Test("AM R", 2, "recall", (768, 0)),
-    "p3m": Test("P3M R", 2, "recall", (768, 0)),
-    "p3m-p": Test("P3M-P R", 2, "recall", (768, 0)),
-    "dis5k": Test("DIS R", 2, "recall", (768, 0)),
-    "nano": Test("small world", 0, "small"),
-    "hypersim": Test("Hypersim", 0, "depth"),
-    "vkitti": Test("Virtual KITTI 2", 0, "depth"),
+    "nyu": Test("NYUv2", "depth"),
+    "kitti": Test("KITTI", "depth"),
+    "eth3d": Test("ETH3D", "depth", (756,), max_res=1024),
+    "scannet": Test("ScanNet", "depth"),
+    "diode": Test("DIODE-Full", "depth", (640,), (0.6, 350.0)),
+    "da2k": Test("DA-2K", "pairs", (768, 0)),
+    "sintel": Test("Sintel F1", "f1", (768, 0)),
+    "sintel-clean": Test("Sintel clean F1", "f1", (768, 0)),
+    "spring": Test("Spring F1", "f1", (768, 0), stride=5),
+    "ibims": Test("iBims F1", "f1", (768, 0)),
+    "am2k": Test("AM R", "recall", (768, 0)),
+    "p3m": Test("P3M R", "recall", (768, 0)),
+    "p3m-p": Test("P3M-P R", "recall", (768, 0)),
+    "dis5k": Test("DIS R", "recall", (768, 0)),
+    "nano": Test("small world", "small"),
+    "hypersim": Test("Hypersim", "depth"),
+    "vkitti": Test("Virtual KITTI 2", "depth"),
 }
 
 # The paper's Table 1 (AbsRel % / delta1 %, DA-2K %) and 2 (F1 or recall), as printed.
@@ -686,8 +685,8 @@ def score_set(s, predictor, size, space, log):
     if todo:
         add_line(log, line)
     failures = collections.defaultdict(list)
-    for text in s.lost:
-        failures["a file of theirs is missing"].append(text)
+    if s.lost:
+        failures["a file of theirs is missing"] = list(s.lost)
     title = f"{s.name}, {predictor.title}" + (f", {side(size)}" if predictor.sized else "")
     bar = tqdm(rows_of(s, todo, predictor, size, space), desc=title, total=len(todo), unit="image",
                disable=not todo, leave=False, mininterval=0.1 if sys.stderr.isatty() else 30)
