@@ -2660,6 +2660,107 @@ def test_nano_pretrain_makes_a_base_and_a_teacher_and_resumes(tmp_path, monkeypa
                   "--max_bad", "0.5", "--device", "cpu") == 0
 
 
+@pytest.fixture(scope="session")
+def small_world(tiny, tmp_path_factory):
+    """Four scenes of each kind at 64 pixels, and the tiny generator and teacher with a recipe."""
+    import shutil
+
+    root, scenes = tmp_path_factory.mktemp("world"), _scenes()
+    for style, split, depth in (("clean", "train", 1), ("wild", "train", 0), ("clean", "test", 1),
+                                ("wild", "test", 1)):
+        (root / "data" / style / split).mkdir(parents=True)
+        for i in range(4):
+            scenes.write((root / "data" / style / split, style, split, i, 64, depth))
+    for name in ("base", "teacher"):
+        shutil.copytree(tiny / name, root / name)
+    (root / "base/recipe.json").write_text(json.dumps({"batch": 4, "micro": 2, "no_flip": True}))
+    return root
+
+
+def test_nano_ablate_trains_scores_and_skips_what_is_done(small_world, tmp_path, capsys):
+    sys.path.insert(0, str(HERE / "nano"))
+    import ablate
+
+    common = ["--seeds", "1", "--steps", "2", "--frames", "2", "--data", small_world / "data",
+              "--base", small_world / "base", "--teacher", small_world / "teacher",
+              "--cache", tmp_path / "cache", "--work", tmp_path / "work",
+              "--results", tmp_path / "r.jsonl", "--more", "--device cpu --warmup 1"]
+    common = [str(word) for word in common]
+    ablate.main(["full", "random weights", *common])
+    lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert {line["variant"] for line in lines} == {"full", "random weights"}
+    assert all(set(line["wild"]) == {"abs_rel", "delta1", "f1", "pairs"} for line in lines)
+    assert lines[0]["wild"] != lines[1]["wild"]
+    report = capsys.readouterr().out
+    full = next(line for line in lines if line["variant"] == "full")
+    assert "| full | 1 |" in report and f"{100 * full['clean']['abs_rel']:.2f}" in report
+    before = (tmp_path / "r.jsonl").read_bytes()
+    ablate.main(["full", "random weights", *common])
+    assert (tmp_path / "r.jsonl").read_bytes() == before
+    flags = json.loads((tmp_path / "work/random_weights_2_0/flags.json").read_text())
+    assert flags["base"].endswith("random_weights") and flags["gamma"] == 0.5
+    base, untrained = (FiffDepth.from_pretrained(folder) for folder in
+                       (small_world / "base", tmp_path / "work/random_weights"))
+    assert _equal_states(base.vae.state_dict(), untrained.vae.state_dict())
+    assert not _equal_states(base.unet.state_dict(), untrained.unet.state_dict())
+
+
+def test_nano_ablate_a_run_that_fails_is_one_sentence(small_world, tmp_path):
+    sys.path.insert(0, str(HERE / "nano"))
+    import ablate
+
+    with pytest.raises(SystemExit, match="train.py stopped with 2: error: --data nano="):
+        ablate.main(["full", "--seeds", "1", "--data", str(tmp_path), "--base",
+                     str(small_world / "base"), "--teacher", str(small_world / "teacher"),
+                     "--work", str(tmp_path / "work"), "--results", str(tmp_path / "r.jsonl")])
+
+
+def test_nano_ablate_verdicts_go_by_the_spread():
+    sys.path.insert(0, str(HERE / "nano"))
+    from ablate import verdict
+
+    assert verdict([3, 4, 5], [0, 1, 2]) == "held"
+    assert verdict([0, 1, 2], [3, 4, 5]) == "not held: the reverse"
+    assert verdict([0, 1, 2], [3, 4, 5], lower_is_better=True) == "held"
+    assert verdict([1, 2, 3], [0, 1, 2]) == "too close to call"
+    assert verdict([9, 9], [0, 0, 0]) == "fewer than three seeds"
+
+
+def test_nano_figures_are_drawn(small_world, tmp_path, capsys):
+    sys.path.insert(0, str(HERE / "nano"))
+    import figures
+
+    figures.main(["strip", "trajectory", "edges", "cloud", "failures", "--rows", "2",
+                  "--checkpoint", str(small_world / "base"),
+                  "--teacher", str(small_world / "teacher"),
+                  "--data", str(small_world / "data"), "--out", str(tmp_path)])
+    sizes = {Path(line).stem: Image.open(line).size
+             for line in capsys.readouterr().out.splitlines()}
+    assert sizes == {"strip": (256, 144), "trajectory": (484, 208), "edges": (320, 144),
+                     "cloud": (512, 272), "failures": (356, 144)}
+    for name in sizes:
+        assert np.asarray(Image.open(tmp_path / f"{name}.png")).std() > 1
+    with pytest.raises(SystemExit, match="holds no runs"):
+        figures.main(["ablation", "--checkpoint", str(small_world / "base"), "--teacher",
+                      str(small_world / "teacher"), "--data", str(small_world / "data"),
+                      "--out", str(tmp_path), "--runs", str(tmp_path), "--rows", "2"])
+
+
+def test_nano_figures_spectrum_and_points_by_hand():
+    sys.path.insert(0, str(HERE / "nano"))
+    from figures import points, radial_power
+
+    x = np.arange(64)
+    wave = np.cos(2 * np.pi * 9 * x / 64)[None].repeat(64, 0)
+    assert radial_power(wave).argmax() + 1 == 9 and len(radial_power(wave)) == 32
+    white = radial_power(np.random.default_rng(0).normal(size=(64, 64)))
+    assert 0.5 < white[4:].mean() / white[20:].mean() < 2
+    # a wall at one distance, seen from the front, is the picture itself
+    rgb = np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    wall = points(rgb, np.full((32, 32), 0.5), 0.0)
+    assert (wall != 255).any(-1).mean() > 0.5 and np.isin(wall[16, 16], rgb).all()
+
+
 # ================================================================ readme
 
 
@@ -2676,7 +2777,8 @@ def test_readme_names_functions_and_flags_that_exist():
         "gradient_matching", "training_step"}
     assert all(callable(getattr(homes[home], name)) for home, name in named)
     sources = "".join((HERE / f).read_text() for f in ("train.py", "infer.py", "evaluate.py",
-                                                       "nano/scenes.py", "nano/pretrain.py"))
+                                                       "nano/scenes.py", "nano/pretrain.py",
+                                                       "nano/ablate.py", "nano/figures.py"))
     others = {"--nproc_per_node", "--shutdown-timeout", "--image_size", "--resize_mode",
               "--resize_only_if_bigger", "--help"}  # torchrun's and img2dataset's
     for flag in set(re.findall(r"(?<![\w-])--[a-z]\w*(?:-\w+)*", text)) - others:

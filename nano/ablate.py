@@ -1,0 +1,260 @@
+"""The paper's ablation (Fig. 7) in numbers, on the small world: every variant, several seeds.
+
+    python nano/ablate.py                    # variants and sweeps, three seeds each, two at a time
+    python nano/ablate.py full "gamma 1" --seeds 5
+    python nano/ablate.py --report           # the tables alone, from nano/ablation.jsonl
+
+A run is one `train.py` from the same generator, scored on the held-out clean and wild scenes. What
+it scored is a line of nano/ablation.jsonl, and what is there is not computed again; a run that was
+interrupted goes on from its checkpoint.
+Not needed to understand the paper.
+"""
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from data import FrameSet, UserError  # noqa: E402
+from evaluate import pair_accuracy, random_pairs, score  # noqa: E402
+from infer import predict_image  # noqa: E402
+from model import FiffDepth  # noqa: E402
+from train import fingerprint  # noqa: E402
+
+# The flags in which a variant differs from the full method (gamma 0.5, lambda_k 0.2).
+VARIANTS = {
+    "full": [],
+    "gamma 1": ["--gamma", "1"],
+    "lambda_k 0": ["--lambda_k", "0"],
+    "no teacher": ["--no_teacher"],
+    "teacher at d_0": ["--teacher_at_d0"],
+    "random weights": ["--base", "random"],  # the same UNet, untrained, instead of the generator
+}
+SWEEPS = {f"{name} {value}": [f"--{name}", str(value)]
+          for name, values in (("gamma", (0, 0.25, 0.75)), ("lambda_k", (0.05, 0.5, 1)))
+          for value in values}
+MEASURES = {"abs_rel": "AbsRel, %", "delta1": "delta1, %", "f1": "boundary F1", "pairs": "pairs, %"}
+LOWER_IS_BETTER = {"abs_rel"}
+
+
+class Claim(NamedTuple):
+    """The full method is better than `variant` in `measure` on scenes of `style`."""
+    text: str
+    variant: str
+    style: str
+    measure: str
+
+
+CLAIMS = (
+    Claim("predicting image latents alone confuses which thing is nearer", "gamma 1", "wild",
+          "pairs"),
+    Claim("without the trajectory some details are lost", "lambda_k 0", "wild", "f1"),
+    Claim("without the teacher it generalises less", "no teacher", "wild", "delta1"),
+    Claim("the teacher at d_0 reduces details", "teacher at d_0", "wild", "f1"),
+    Claim("(ours) a generator is the better start", "random weights", "wild", "delta1"),
+)
+
+
+# ---------------------------------------------------------------- one run
+
+
+def train_and_score(name, seed, a):
+    """Trains one variant in its own process and scores it -> a line of the results."""
+    out = a.work / f"{name.replace(' ', '_')}_{a.steps}_{seed}"
+    flags = ["--resume"] if (out / "training.pt").exists() else [
+        "--steps", str(a.steps), "--seed", str(seed), "--val_every", "0", "--base", str(a.base),
+        "--teacher", str(a.teacher), "--data", f"nano={a.data}/clean/train",
+        f"photos={a.data}/wild/train", "--cache", str(a.cache), *a.more.split(),
+        *(VARIANTS | SWEEPS)[name]]
+    flags = [str(random_base(a)) if flag == "random" else flag for flag in flags]
+    threads = str(max(1, os.cpu_count() // a.workers))
+    with open(a.work / f"{out.name}.log", "a") as log:
+        command = [sys.executable, HERE.parent / "train.py", "--out", out, *flags]
+        status = subprocess.run(command, stdout=log, stderr=log,
+                                env={**os.environ, "OMP_NUM_THREADS": threads}).returncode
+    if status:
+        last = (Path(log.name).read_text().splitlines() or [""])[-1]
+        raise UserError(f"train.py stopped with {status}: {last} (all of it in {log.name})")
+    line = {"variant": name, "seed": seed, "steps": a.steps, "of": a.of,
+            "seconds_a_step": round(seconds_a_step(out), 3)}
+    model = FiffDepth.from_pretrained(out)
+    for style in ("clean", "wild"):
+        line[style] = scores_on(model, a.data / style / "test", a.frames)
+    (out / "training.pt").unlink()  # only resuming needs it
+    return line
+
+
+def random_base(a):
+    """The generator's folder with a UNet that has learned nothing."""
+    folder = a.work / "random_weights"
+    if not (folder / "recipe.json").exists():
+        model = FiffDepth.from_pretrained(a.base)
+        torch.manual_seed(1)
+        model.unet = type(model.unet).from_config(model.unet.config)
+        model.save_pretrained(folder)
+        shutil.copy(a.base / "recipe.json", folder)
+    return folder
+
+
+def seconds_a_step(out):
+    """Median over the steps of a run, from its log."""
+    flags = json.loads((out / "flags.json").read_text())
+    pictures = flags["batch"] / (2 if flags["no_teacher"] else 1)
+    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return statistics.median(pictures / line["pictures_per_second"]
+                             for line in lines if "loss" in line)
+
+
+def scores_on(model, folder, count):
+    """Means over the first `count` frames of a held-out folder -> {measure: value}"""
+    frames, rows = FrameSet("nano", folder), []
+    for i in range(min(count, len(frames))):
+        rgb, depth, valid = frames.read(i)
+        pred, space = predict_image(model, rgb), model.info["target"]
+        pairs = random_pairs(depth, valid, zlib.crc32(frames.names[i].encode()))
+        rows.append((*score(pred, depth, valid, space, frames.layout),
+                     pair_accuracy(pred, pairs, space)))
+    return dict(zip(MEASURES, np.nanmean(rows, 0).round(5).tolist()))
+
+
+# ---------------------------------------------------------------- many runs, and what they say
+
+
+def run_all(names, a):
+    """Does what is missing, --workers runs at a time."""
+    done = {(line["variant"], line["seed"]) for line in results(a)}
+    # one seed of every variant first: an early end leaves a table, not a column
+    wanted = [(name, seed) for seed in range(a.seeds) for name in names
+              if (name, seed) not in done]
+    a.work.mkdir(parents=True, exist_ok=True)
+    random_base(a)
+    with ThreadPoolExecutor(a.workers) as pool:
+        runs = {pool.submit(train_and_score, *run, a): run for run in wanted}
+        try:
+            for run in tqdm(as_completed(runs), total=len(runs), unit="run"):
+                line = run.result()
+                with open(a.results, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def results(a):
+    """The lines of the results that belong to these weights and this length."""
+    lines = a.results.read_text().splitlines() if a.results.exists() else []
+    return [line for line in map(json.loads, lines)
+            if (line["of"], line["steps"]) == (a.of, a.steps)]
+
+
+def report(a):
+    """Markdown: the table of variants and sweeps, then a verdict for each claim."""
+    lines = results(a)
+    names = [name for name in VARIANTS | SWEEPS if any(x["variant"] == name for x in lines)]
+    head = [f"{style}: {text}" for style in ("clean", "wild") for text in MEASURES.values()]
+    yield f"{a.steps} steps a run, mean ± standard deviation over seeds"
+    yield ""
+    yield "| variant | seeds | " + " | ".join(head) + " | seconds a step |"
+    yield "|---" * (len(head) + 3) + "|"
+    for name in names:
+        seconds = [x["seconds_a_step"] for x in lines if x["variant"] == name]
+        cells = [spread(values(lines, name, style, measure), measure)
+                 for style in ("clean", "wild") for measure in MEASURES]
+        yield (f"| {name} | {len(seconds)} | " + " | ".join(cells)
+               + f" | {statistics.mean(seconds):.2f} |")
+    yield ""
+    yield "| claim | measured by | full | without | verdict |"
+    yield "|---|---|---|---|---|"
+    for claim in CLAIMS:
+        full, other = (values(lines, name, claim.style, claim.measure)
+                       for name in ("full", claim.variant))
+        if full and other:
+            yield (f"| {claim.text} | {MEASURES[claim.measure]} on {claim.style} | "
+                   f"{spread(full, claim.measure)} | {spread(other, claim.measure)} | "
+                   f"{verdict(full, other, claim.measure in LOWER_IS_BETTER)} |")
+
+
+def values(lines, name, style, measure):
+    return [line[style][measure] for line in lines if line["variant"] == name]
+
+
+def spread(numbers, measure):
+    factor, digits = (1, 3) if measure == "f1" else (100, 2)
+    mean = factor * statistics.mean(numbers)
+    deviation = factor * statistics.stdev(numbers) if len(numbers) > 1 else float("nan")
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+
+
+def verdict(full, other, lower_is_better=False):
+    """By the spread: held when every seed with the part beats every seed without it. Were there no
+    difference, three seeds against three would do so once in twenty times."""
+    if lower_is_better:
+        full, other = [-x for x in full], [-x for x in other]
+    if min(len(full), len(other)) < 3:
+        return "fewer than three seeds"
+    if min(full) > max(other):
+        return "held"
+    return "not held: the reverse" if max(full) < min(other) else "too close to call"
+
+
+# ---------------------------------------------------------------- the command
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("variants", nargs="*", default=[*VARIANTS, *SWEEPS], help=", ".join(VARIANTS | SWEEPS))
+    add("--seeds", type=int, default=3, help="runs of each")
+    add("--steps", type=int, default=400, help="optimiser steps of a run")
+    add("--frames", type=int, default=256, help="held-out frames scored of each style")
+    add("--workers", type=int, default=2, help="runs at a time, each on its share of the cores")
+    add("--data", type=Path, default=HERE / "data", help="folder that nano/scenes.py wrote")
+    add("--base", type=Path, default=HERE / "weights/generator", help="generator to start from")
+    add("--teacher", type=Path, default=HERE / "weights/teacher", help="source of pseudo-labels")
+    add("--cache", type=Path, default=HERE.parent / "runs/cache", help="latents, shared by all")
+    add("--work", type=Path, default=HERE.parent / "runs/ablate", help="runs and their logs")
+    add("--results", type=Path, default=HERE / "ablation.jsonl", help="a line a run")
+    add("--more", default="", metavar="FLAGS", help="further flags of every train.py, in quotes")
+    add("--report", action="store_true", help="train nothing")
+    a = parser.parse_args(argv)
+    for name in a.variants:
+        if name not in VARIANTS | SWEEPS:
+            parser.error(f"unknown variant {name!r}: choose from {', '.join(VARIANTS | SWEEPS)}")
+    if min(a.seeds, a.steps, a.frames, a.workers) < 1:
+        parser.error("--seeds, --steps, --frames and --workers are at least 1")
+    try:
+        a.of = identity(a)
+        if not a.report:
+            run_all(a.variants, a)
+        print("\n".join(report(a)))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+def identity(a):
+    """Of the generator, autoencoder and teacher that all runs start from."""
+    from model import Teacher
+
+    base = FiffDepth.from_pretrained(a.base)
+    nets = (base.unet, base.vae, Teacher.from_pretrained(a.teacher))
+    return "-".join(fingerprint(net)[:8] for net in nets)
+
+
+if __name__ == "__main__":
+    main()

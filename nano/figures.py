@@ -1,0 +1,245 @@
+"""The figures of the README, from the shipped weights and the held-out scenes.
+
+    python nano/figures.py                   # all of them -> assets/
+    python nano/figures.py spectrum edges
+
+Each figure is one function; nothing here is needed to understand the paper.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from data import FrameSet, UserError, normalize_teacher  # noqa: E402
+from evaluate import score  # noqa: E402
+from infer import colorize, predict_image  # noqa: E402
+from losses import add_noise, blend  # noqa: E402
+from model import FiffDepth, Teacher  # noqa: E402
+
+
+class World:
+    """What the figures are drawn from: the model, its teacher, held-out wild scenes."""
+
+    def __init__(self, a):
+        self.a = a
+        self.model = FiffDepth.from_pretrained(a.checkpoint)
+        self.teacher = Teacher.from_pretrained(a.teacher)
+        self.frames = FrameSet("nano", a.data / "wild/test")
+
+    @torch.no_grad()
+    def maps(self, i):
+        """Frame i -> rgb uint8 [H, W, 3], and maps [H, W] in [-1, 1]:
+        d_0, d_-1, teacher, truth."""
+        sample = self.frames.sample(i, False)
+        H, W = sample.rgb.shape[-2:]
+        d0 = self.model.predict(self.model.encode(sample.rgb[None]))
+        both = [self.model.decode(d)[0, 0, :H, :W].numpy() for d in (d0, self.model.filter(d0))]
+        label = normalize_teacher(self.teacher(sample.rgb[None])[0], "disparity")[0].numpy()
+        return self.frames.read(i)[0], *both, label, sample.depth[0].numpy()
+
+
+# ---------------------------------------------------------------- pictures from arrays
+
+
+def grey(values, low=-1.0, high=1.0):
+    """[H, W] -> uint8 [H, W, 3]"""
+    shade = np.clip((values - low) / (high - low), 0, 1)
+    return (shade * 255 + 0.5).astype(np.uint8)[..., None].repeat(3, -1)
+
+
+def sheet(rows, heads, scale=1, left=()):
+    """Rows of uint8 [H, W, 3] of one size -> a picture with a head over each column, and with names
+    at the left of the rows if there are any."""
+    H, W = rows[0][0].shape[:2]
+    margin, top = (100 if left else 0), 16
+    picture = Image.new("RGB", (margin + len(rows[0]) * W * scale, top + len(rows) * H * scale),
+                        "white")
+    draw = ImageDraw.Draw(picture)
+    for c, head in enumerate(heads):
+        draw.text((margin + c * W * scale + 4, 2), head, "black")
+    for r, row in enumerate(rows):
+        for name in left[r:r + 1]:
+            draw.text((4, top + r * H * scale + H * scale // 2), name, "black")
+        for c, tile in enumerate(row):
+            tile = Image.fromarray(tile).resize((W * scale, H * scale), Image.Resampling.NEAREST)
+            picture.paste(tile, (margin + c * W * scale, top + r * H * scale))
+    return picture
+
+
+# ---------------------------------------------------------------- the figures
+
+
+def strip(w):
+    """Results: picture, d_0, teacher, truth of the first held-out wild scenes."""
+    rows = []
+    for i in range(w.a.rows):
+        rgb, d0, _, label, truth = w.maps(i)
+        rows.append([rgb, *(colorize(m, "disparity") for m in (d0, label, truth))])
+    return sheet(rows, ("picture", "d_0 (FiffDepth)", "teacher", "truth"))
+
+
+@torch.no_grad()
+def trajectory(w):
+    """Eq. 2: what is noised, for three gammas, from the clean blend b_0 to pure noise."""
+    sample, model = w.frames.sample(0, False), w.model
+    x0, d0 = model.encode(sample.rgb[None]), model.encode(sample.depth[None])
+    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+    times, rows, gammas = (None, 100, 300, 500, 700, 999), [], (1.0, 0.5, 0.0)
+    for gamma in gammas:
+        b0 = blend(x0, d0, gamma)
+        row = [b0 if t is None else add_noise(b0, eps, model.alphas_cumprod[t]) for t in times]
+        decoded = [model.vae.decode(b / model.vae.config.scaling_factor).sample[0] for b in row]
+        rows.append([((p.clamp(-1, 1).permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
+                     for p in decoded])
+    return sheet(rows, ["b_0" if t is None else f"b_t, t = {t}" for t in times],
+                 left=[f"gamma {g:g}" for g in gammas])
+
+
+def edges(w):
+    """Eq. 4: the size of the gradient of d_0, of d_-1 and of the teacher's label."""
+    rows = []
+    for i in range(w.a.rows):
+        rgb, d0, dm1, label, truth = w.maps(i)
+        rows.append([rgb, *(grey(np.hypot(*np.gradient(m)), 0, 0.3)
+                            for m in (d0, dm1, label, truth))])
+    return sheet(rows, ("picture", "edges of d_0", "of d_-1", "of the teacher", "of the truth"))
+
+
+def spectrum(w):
+    """Fig. 3 as numbers: power over spatial frequency of d_0, d_-1, teacher and truth."""
+    power = [np.stack([radial_power(m) for m in w.maps(i)[1:]])
+             for i in range(min(w.a.frames, len(w.frames)))]
+    mean, pyplot = np.mean(power, 0), matplotlib_pyplot()
+    figure, axes = pyplot.subplots(figsize=(5, 3.4), layout="constrained")
+    cycles = np.arange(1, mean.shape[1] + 1)
+    for curve, name in zip(mean, ("d_0", "d_-1", "teacher", "truth")):
+        axes.loglog(cycles, curve, label=name)
+    axes.set(xlabel="cycles per picture", ylabel="power",
+             title=f"{len(power)} held-out wild scenes")
+    axes.legend()
+    return figure
+
+
+def radial_power(values):
+    """[H, W] -> mean power at 1, 2, .. min(H, W) / 2 cycles per picture, under a Hann window."""
+    H, W = values.shape
+    window = np.hanning(H)[:, None] * np.hanning(W)
+    power = np.abs(np.fft.fft2((values - values.mean()) * window)) ** 2 / (H * W)
+    radius = np.hypot(np.fft.fftfreq(H)[:, None] * H, np.fft.fftfreq(W) * W).round().astype(int)
+    total = np.bincount(radius.ravel(), power.ravel())
+    return (total / np.bincount(radius.ravel()))[1:min(H, W) // 2 + 1]
+
+
+def ablation(w):
+    """Fig. 7: d_0 of every variant that nano/ablate.py trained, seed 0, and the truth."""
+    from ablate import VARIANTS
+
+    shown = range(w.a.rows)
+    rows, names = [[w.frames.read(i)[0] for i in shown]], ["picture"]
+    for name in VARIANTS:
+        for folder in sorted(w.a.runs.glob(f"{name.replace(' ', '_')}_*_0"))[:1]:
+            model = FiffDepth.from_pretrained(folder)
+            rows.append([colorize(predict_image(model, rgb), "disparity") for rgb in rows[0]])
+            names.append(name)
+    if len(rows) == 1:
+        raise UserError(f"{w.a.runs} holds no runs; first: python nano/ablate.py")
+    rows.append([colorize(w.maps(i)[4], "disparity") for i in shown])
+    return sheet(rows, ["" for _ in shown], left=[*names, "truth"])
+
+
+def cloud(w):
+    """The paper's Fig. 1: d_0 as points in space, seen from the camera and from beside it. Scale,
+    shift and field of view are assumed: depth 1..6, 60 degrees."""
+    rows = []
+    for i in range(w.a.rows):
+        rgb, d0, *_ = w.maps(i)
+        rows.append([rgb, *(points(rgb, (d0 + 1) / 2, angle) for angle in (-25, 0, 25))])
+    return sheet(rows, ("picture", "from the left", "ahead", "from the right"), scale=2)
+
+
+def points(rgb, disparity, degrees, near=1.0, far=6.0, fov=60.0):
+    """Pixels as small squares in space, turned about the middle of the scene -> uint8 [H, W, 3]"""
+    H, W = disparity.shape
+    z = 1 / (disparity / near + (1 - disparity) / far)
+    focal = W / 2 / np.tan(np.radians(fov / 2))
+    x, y = (np.arange(W) - W / 2) / focal * z, (np.arange(H)[:, None] - H / 2) / focal * z
+    middle, angle = np.median(z), np.radians(degrees)
+    u = np.cos(angle) * x + np.sin(angle) * (z - middle)
+    v = np.cos(angle) * (z - middle) - np.sin(angle) * x + middle * 1.3
+    order = np.argsort(-v.ravel())  # far points first, near ones over them
+    u, y, v = (p.ravel()[order] for p in (u, y, v))
+    colour = rgb.reshape(-1, 3)[order]
+    picture = np.full((H, W, 3), 255, np.uint8)
+    column, row = (np.round(p / np.maximum(v, 0.1) * focal).astype(int) for p in (u, y))
+    for dy, dx in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        r, c = row + H // 2 + dy, column + W // 2 + dx
+        inside = (r >= 0) & (r < H) & (c >= 0) & (c < W) & (v > 0.1)
+        picture[r[inside], c[inside]] = colour[inside]
+    return picture
+
+
+def failures(w):
+    """The held-out scenes with the lowest delta1 after alignment: what the weights do not know."""
+    scored = []
+    for i in range(min(w.a.frames, len(w.frames))):
+        rgb, depth, valid = w.frames.read(i)
+        pred = predict_image(w.model, rgb)
+        scored.append((score(pred, depth, valid, "disparity", w.frames.layout)[1], i))
+    rows, shares = [], []
+    for share, i in sorted(scored)[:w.a.rows]:
+        rgb, d0, _, label, truth = w.maps(i)
+        rows.append([rgb, *(colorize(m, "disparity") for m in (d0, label, truth))])
+        shares.append(f"delta1 {100 * share:.0f} %")
+    return sheet(rows, ("picture", "d_0", "teacher", "truth"), left=shares)
+
+
+def matplotlib_pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("the plots need matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
+# ---------------------------------------------------------------- the command
+
+FIGURES = {f.__name__: f for f in (strip, trajectory, edges, spectrum, ablation, cloud, failures)}
+
+
+def main(argv=None):
+    root = HERE.parent
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("figures", nargs="*", default=list(FIGURES), help=", ".join(FIGURES))
+    add("--checkpoint", default=str(HERE / "weights/fiffdepth"), metavar="DIR|HUB_ID")
+    add("--teacher", default=str(HERE / "weights/teacher"), metavar="DIR|HUB_ID")
+    add("--data", type=Path, default=HERE / "data", help="folder that nano/scenes.py wrote")
+    add("--runs", type=Path, default=root / "runs/ablate", help="what nano/ablate.py trained")
+    add("--rows", type=int, default=4, help="scenes in a figure")
+    add("--frames", type=int, default=256, help="held-out scenes that spectrum and failures use")
+    add("--out", type=Path, default=root / "assets", help="folder of the figures")
+    a = parser.parse_args(argv)
+    for name in a.figures:
+        if name not in FIGURES:
+            parser.error(f"unknown figure {name}: choose from {', '.join(FIGURES)}")
+    try:
+        world = World(a)
+        a.out.mkdir(parents=True, exist_ok=True)
+        for name in a.figures:
+            picture, file = FIGURES[name](world), a.out / f"{name}.png"
+            picture.save(file) if isinstance(picture, Image.Image) else picture.savefig(file)
+            print(file)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
