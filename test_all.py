@@ -2689,7 +2689,8 @@ def test_nano_ablate_trains_scores_and_skips_what_is_done(small_world, tmp_path,
     ablate.main(["full", "random weights", *common])
     lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert {line["variant"] for line in lines} == {"full", "random weights"}
-    assert all(set(line["wild"]) == {"abs_rel", "delta1", "f1", "pairs"} for line in lines)
+    assert all(set(line["wild"]) == {"abs_rel", "delta1", "f1", "pairs", "scored"}
+               for line in lines)
     assert lines[0]["wild"] != lines[1]["wild"]
     report = capsys.readouterr().out
     full = next(line for line in lines if line["variant"] == "full")
@@ -2697,19 +2698,28 @@ def test_nano_ablate_trains_scores_and_skips_what_is_done(small_world, tmp_path,
     before = (tmp_path / "r.jsonl").read_bytes()
     ablate.main(["full", "random weights", *common])
     assert (tmp_path / "r.jsonl").read_bytes() == before
-    flags = json.loads((tmp_path / "work/random_weights_2_0/flags.json").read_text())
-    assert flags["base"].endswith("random_weights") and flags["gamma"] == 0.5
+    work = tmp_path / "work" / lines[0]["of"]
+    flags = json.loads((work / "random_weights_0/flags.json").read_text())
+    assert flags["base"].endswith("untrained_0") and flags["gamma"] == 0.5
     base, untrained = (FiffDepth.from_pretrained(folder) for folder in
-                       (small_world / "base", tmp_path / "work/random_weights"))
+                       (small_world / "base", work / "untrained_0"))
     assert _equal_states(base.vae.state_dict(), untrained.vae.state_dict())
     assert not _equal_states(base.unet.state_dict(), untrained.unet.state_dict())
+    (tmp_path / "r.jsonl").unlink()  # trained, but not scored: scored without training again
+    stamp = (work / "full_0/unet/diffusion_pytorch_model.safetensors").stat().st_mtime_ns
+    ablate.main(["full", *common])
+    assert json.loads((tmp_path / "r.jsonl").read_text())["wild"] == full["wild"]
+    assert (work / "full_0/unet/diffusion_pytorch_model.safetensors").stat().st_mtime_ns == stamp
+    with pytest.raises(SystemExit, match="no run of these weights and settings"):
+        ablate.main(["full", *common, "--steps", "3", "--report"])
 
 
 def test_nano_ablate_a_run_that_fails_is_one_sentence(small_world, tmp_path):
     sys.path.insert(0, str(HERE / "nano"))
     import ablate
 
-    with pytest.raises(SystemExit, match="train.py stopped with 2: error: --data nano="):
+    with pytest.raises(SystemExit, match="1 of 1 runs failed; the first: train.py stopped with 2: "
+                                         "error: --data nano="):
         ablate.main(["full", "--seeds", "1", "--data", str(tmp_path), "--base",
                      str(small_world / "base"), "--teacher", str(small_world / "teacher"),
                      "--work", str(tmp_path / "work"), "--results", str(tmp_path / "r.jsonl")])
@@ -2740,10 +2750,11 @@ def test_nano_figures_are_drawn(small_world, tmp_path, capsys):
                      "cloud": (512, 272), "failures": (356, 144)}
     for name in sizes:
         assert np.asarray(Image.open(tmp_path / f"{name}.png")).std() > 1
-    with pytest.raises(SystemExit, match="holds no runs"):
+    with pytest.raises(SystemExit) as stopped:
         figures.main(["ablation", "--checkpoint", str(small_world / "base"), "--teacher",
                       str(small_world / "teacher"), "--data", str(small_world / "data"),
-                      "--out", str(tmp_path), "--runs", str(tmp_path), "--rows", "2"])
+                      "--out", str(tmp_path), "--results", str(tmp_path / "none")])
+    assert stopped.value.code == 1 and "first: python nano/ablate.py" in capsys.readouterr().err
 
 
 def test_nano_figures_spectrum_and_points_by_hand():
@@ -2755,10 +2766,22 @@ def test_nano_figures_spectrum_and_points_by_hand():
     assert radial_power(wave).argmax() + 1 == 9 and len(radial_power(wave)) == 32
     white = radial_power(np.random.default_rng(0).normal(size=(64, 64)))
     assert 0.5 < white[4:].mean() / white[20:].mean() < 2
-    # a wall at one distance, seen from the front, is the picture itself
-    rgb = np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    wall = points(rgb, np.full((32, 32), 0.5), 0.0)
-    assert (wall != 255).any(-1).mean() > 0.5 and np.isin(wall[16, 16], rgb).all()
+    # a wall at one distance: smaller from 1.3 times as far, nothing turned or mirrored
+    wall = np.zeros((32, 32, 3), np.uint8)
+    wall[:16, :16] = 200
+    seen = points(wall, np.full((32, 32), 0.5), 0.0)
+    assert (seen[12, 12] == 200).all() and (seen[20, 20] == 0).all() and (seen[20, 12] == 0).all()
+    assert (seen[12, 20] == 0).all() and (seen[0] == 255).all() and (seen[:, -1] == 255).all()
+    # a near square hides the wall behind it, from either side
+    near = np.full((32, 32), 0.2)
+    near[12:20, 12:20] = 1.0
+    wall = np.where(near[..., None] == 1, np.uint8(200), np.uint8(0)).repeat(3, -1)
+    for degrees in (-10, 10):
+        seen = points(wall, near, degrees)
+        square = np.argwhere((seen == 200).all(-1))
+        inside = seen[square[:, 0].min():square[:, 0].max() + 1]
+        columns = slice(square[:, 1].min() + 1, square[:, 1].max())
+        assert len(square) > 20 and (inside[:, columns] == 200).mean() > 0.95
 
 
 # ================================================================ readme

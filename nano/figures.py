@@ -6,6 +6,7 @@
 Each figure is one function; nothing here is needed to understand the paper.
 """
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from PIL import Image, ImageDraw
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from data import FrameSet, UserError, normalize_teacher  # noqa: E402
+from data import BadFrame, FrameSet, UserError, normalize_teacher  # noqa: E402
 from evaluate import score  # noqa: E402
 from infer import colorize, predict_image  # noqa: E402
 from losses import add_noise, blend  # noqa: E402
@@ -30,6 +31,9 @@ class World:
         self.model = FiffDepth.from_pretrained(a.checkpoint)
         self.teacher = Teacher.from_pretrained(a.teacher)
         self.frames = FrameSet("nano", a.data / "wild/test")
+        self.shown = range(min(a.rows, len(self.frames)))
+        if self.model.info["target"] != "disparity":
+            raise UserError(f"{a.checkpoint} predicts depth; the figures are drawn of disparity")
 
     @torch.no_grad()
     def maps(self, i):
@@ -77,7 +81,7 @@ def sheet(rows, heads, scale=1, left=()):
 def strip(w):
     """Results: picture, d_0, teacher, truth of the first held-out wild scenes."""
     rows = []
-    for i in range(w.a.rows):
+    for i in w.shown:
         rgb, d0, _, label, truth = w.maps(i)
         rows.append([rgb, *(colorize(m, "disparity") for m in (d0, label, truth))])
     return sheet(rows, ("picture", "d_0 (FiffDepth)", "teacher", "truth"))
@@ -93,7 +97,9 @@ def trajectory(w):
     for gamma in gammas:
         b0 = blend(x0, d0, gamma)
         row = [b0 if t is None else add_noise(b0, eps, model.alphas_cumprod[t]) for t in times]
-        decoded = [model.vae.decode(b / model.vae.config.scaling_factor).sample[0] for b in row]
+        shift = model.vae.config.get("shift_factor") or 0
+        decoded = [model.vae.decode(b / model.vae.config.scaling_factor + shift).sample[0]
+                   for b in row]
         rows.append([((p.clamp(-1, 1).permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
                      for p in decoded])
     return sheet(rows, ["b_0" if t is None else f"b_t, t = {t}" for t in times],
@@ -103,7 +109,7 @@ def trajectory(w):
 def edges(w):
     """Eq. 4: the size of the gradient of d_0, of d_-1 and of the teacher's label."""
     rows = []
-    for i in range(w.a.rows):
+    for i in w.shown:
         rgb, d0, dm1, label, truth = w.maps(i)
         rows.append([rgb, *(grey(np.hypot(*np.gradient(m)), 0, 0.3)
                             for m in (d0, dm1, label, truth))])
@@ -112,9 +118,10 @@ def edges(w):
 
 def spectrum(w):
     """Fig. 3 as numbers: power over spatial frequency of d_0, d_-1, teacher and truth."""
+    pyplot = matplotlib_pyplot()
     power = [np.stack([radial_power(m) for m in w.maps(i)[1:]])
              for i in range(min(w.a.frames, len(w.frames)))]
-    mean, pyplot = np.mean(power, 0), matplotlib_pyplot()
+    mean = np.mean(power, 0)
     figure, axes = pyplot.subplots(figsize=(5, 3.4), layout="constrained")
     cycles = np.arange(1, mean.shape[1] + 1)
     for curve, name in zip(mean, ("d_0", "d_-1", "teacher", "truth")):
@@ -136,27 +143,27 @@ def radial_power(values):
 
 
 def ablation(w):
-    """Fig. 7: d_0 of every variant that nano/ablate.py trained, seed 0, and the truth."""
+    """Fig. 7: d_0 of every variant that nano/ablate.py trained last, seed 0, and the truth."""
     from ablate import VARIANTS
 
-    shown = range(w.a.rows)
-    rows, names = [[w.frames.read(i)[0] for i in shown]], ["picture"]
+    lines = w.a.results.read_text().splitlines() if w.a.results.exists() else []
+    if not lines:
+        raise UserError(f"{w.a.results} holds no runs; first: python nano/ablate.py")
+    runs = w.a.runs / json.loads(lines[-1])["of"]
+    rows, names = [[w.frames.read(i)[0] for i in w.shown]], ["picture"]
     for name in VARIANTS:
-        for folder in sorted(w.a.runs.glob(f"{name.replace(' ', '_')}_*_0"))[:1]:
-            model = FiffDepth.from_pretrained(folder)
-            rows.append([colorize(predict_image(model, rgb), "disparity") for rgb in rows[0]])
-            names.append(name)
-    if len(rows) == 1:
-        raise UserError(f"{w.a.runs} holds no runs; first: python nano/ablate.py")
-    rows.append([colorize(w.maps(i)[4], "disparity") for i in shown])
-    return sheet(rows, ["" for _ in shown], left=[*names, "truth"])
+        model = FiffDepth.from_pretrained(runs / f"{name.replace(' ', '_')}_0")
+        rows.append([colorize(predict_image(model, rgb), "disparity") for rgb in rows[0]])
+        names.append(name)
+    rows.append([colorize(w.maps(i)[4], "disparity") for i in w.shown])
+    return sheet(rows, ["" for _ in w.shown], left=[*names, "truth"])
 
 
 def cloud(w):
     """The paper's Fig. 1: d_0 as points in space, seen from the camera and from beside it. Scale,
     shift and field of view are assumed: depth 1..6, 60 degrees."""
     rows = []
-    for i in range(w.a.rows):
+    for i in w.shown:
         rgb, d0, *_ = w.maps(i)
         rows.append([rgb, *(points(rgb, (d0 + 1) / 2, angle) for angle in (-25, 0, 25))])
     return sheet(rows, ("picture", "from the left", "ahead", "from the right"), scale=2)
@@ -171,15 +178,15 @@ def points(rgb, disparity, degrees, near=1.0, far=6.0, fov=60.0):
     middle, angle = np.median(z), np.radians(degrees)
     u = np.cos(angle) * x + np.sin(angle) * (z - middle)
     v = np.cos(angle) * (z - middle) - np.sin(angle) * x + middle * 1.3
-    order = np.argsort(-v.ravel())  # far points first, near ones over them
-    u, y, v = (p.ravel()[order] for p in (u, y, v))
-    colour = rgb.reshape(-1, 3)[order]
+    row, column = (np.round(p / np.maximum(v, 0.1) * focal).astype(int) for p in (y, u))
     picture = np.full((H, W, 3), 255, np.uint8)
-    column, row = (np.round(p / np.maximum(v, 0.1) * focal).astype(int) for p in (u, y))
-    for dy, dx in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        r, c = row + H // 2 + dy, column + W // 2 + dx
-        inside = (r >= 0) & (r < H) & (c >= 0) & (c < W) & (v > 0.1)
-        picture[r[inside], c[inside]] = colour[inside]
+    corners = [(H // 2 + dy, W // 2 + dx) for dy in (0, 1) for dx in (0, 1)]
+    r = np.stack([row + dy for dy, _ in corners]).ravel()
+    c = np.stack([column + dx for _, dx in corners]).ravel()
+    v, colour = np.tile(v.ravel(), 4), np.tile(rgb.reshape(-1, 3), (4, 1))
+    seen = np.flatnonzero((r >= 0) & (r < H) & (c >= 0) & (c < W) & (v > 0.1))
+    seen = seen[np.argsort(-v[seen], kind="stable")]  # far points first, near ones over them
+    picture[r[seen], c[seen]] = colour[seen]
     return picture
 
 
@@ -223,6 +230,7 @@ def main(argv=None):
     add("--teacher", default=str(HERE / "weights/teacher"), metavar="DIR|HUB_ID")
     add("--data", type=Path, default=HERE / "data", help="folder that nano/scenes.py wrote")
     add("--runs", type=Path, default=root / "runs/ablate", help="what nano/ablate.py trained")
+    add("--results", type=Path, default=HERE / "ablation.jsonl", help="and what it scored")
     add("--rows", type=int, default=4, help="scenes in a figure")
     add("--frames", type=int, default=256, help="held-out scenes that spectrum and failures use")
     add("--out", type=Path, default=root / "assets", help="folder of the figures")
@@ -230,15 +238,30 @@ def main(argv=None):
     for name in a.figures:
         if name not in FIGURES:
             parser.error(f"unknown figure {name}: choose from {', '.join(FIGURES)}")
+    if min(a.rows, a.frames) < 1:
+        parser.error("--rows and --frames are at least 1")
+    missing = 0
     try:
         world = World(a)
         a.out.mkdir(parents=True, exist_ok=True)
         for name in a.figures:
-            picture, file = FIGURES[name](world), a.out / f"{name}.png"
-            picture.save(file) if isinstance(picture, Image.Image) else picture.savefig(file)
-            print(file)
-    except UserError as error:
+            missing += not draw(name, world)
+    except (UserError, BadFrame, OSError) as error:
         sys.exit(f"error: {error}")
+    if missing:
+        sys.exit(1)
+
+
+def draw(name, world):
+    """One figure -> whether it could be drawn; the others do not wait for what it lacks."""
+    try:
+        picture, file = FIGURES[name](world), world.a.out / f"{name}.png"
+    except UserError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return False
+    picture.save(file) if isinstance(picture, Image.Image) else picture.savefig(file)
+    print(file)
+    return True
 
 
 if __name__ == "__main__":

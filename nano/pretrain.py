@@ -103,7 +103,7 @@ def fit(stage, net, loss_of, batch, steps, lr, work):
         warm = min(1.0, (step + 1) / 100)
         for group in optimizer.param_groups:
             group["lr"] = lr * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
-        # every draw depends on the step alone: exact resume
+        # every draw depends on the step alone
         generator = torch.Generator().manual_seed(step)
         with torch.autocast("cpu", torch.bfloat16):
             terms = loss_of(generator, batch)
@@ -146,7 +146,7 @@ def reconstruction(y, x):
 
 
 def map_reconstruction(y, x):
-    """The same for disparity maps, with far pixels weighing more, as in AbsRel."""
+    """L1 and gradients of disparity maps; far pixels weigh more, as in AbsRel."""
     weight = 1 / ((x + 1) / 2 + 0.25)
     return ((y - x).abs() * weight).mean() + gradient_matching(y, x)
 
@@ -177,10 +177,10 @@ def train_vae(a):
     card(a, "vae", minutes, a.vae_steps, vae, round_trip(vae, a))
 
 
-def read_vae(a):
-    if not (a.work / "vae/config.json").exists():
-        raise UserError(f"{a.work}/vae is not there; first: python nano/pretrain.py vae decoder")
-    return AutoencoderKL.from_pretrained(a.work / "vae", low_cpu_mem_usage=False)
+def read_vae(folder):
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} is not there; first: python nano/pretrain.py vae decoder")
+    return AutoencoderKL.from_pretrained(folder, low_cpu_mem_usage=False)
 
 
 def train_decoder(a):
@@ -188,7 +188,7 @@ def train_decoder(a):
     Latents stay as they are, so this may come before, beside or after the generator (Stable
     Diffusion's decoder was tuned alone, too)."""
     pictures, maps = vae_frames(a, a.decoder_frames)
-    vae = read_vae(a)
+    vae = read_vae(a.work / "vae")
     decoder = torch.nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder})
 
     def loss_of(g, batch):
@@ -205,8 +205,14 @@ def train_decoder(a):
                   a.work)
     vae.eval().save_pretrained(a.work / "vae")
     card(a, "decoder", minutes, a.decoder_steps, decoder, round_trip(vae, a))
-    if (a.out / "generator").exists():  # it was made before
-        vae.half().save_pretrained(a.out / "generator/vae")
+    made = a.out / "generator/vae"
+    if made.exists() and encoder(read_vae(made).half()) == encoder(vae.half()):
+        vae.save_pretrained(made)  # the generator was made before, for these latents
+
+
+def encoder(vae):
+    """Tells latent spaces apart."""
+    return fingerprint(vae, leave_out=("decoder.", "post_quant_conv."))
 
 
 def vae_frames(a, count):
@@ -257,7 +263,7 @@ def new_unet(prompt_width=32):
 
 
 def new_generator(a):
-    vae = read_vae(a)
+    vae = read_vae(a.work / "vae")
     # two tokens that mean nothing
     prompt = torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(0))
     info = {"target": "disparity", "size": 128, "base": "nano/pretrain.py", "flags": {}}
@@ -282,6 +288,7 @@ def train_generator(a):
 
     minutes = fit("generator", model.unet, loss_of, a.generator_batch, a.generator_steps,
                   a.generator_lr, a.work)
+    model.vae = read_vae(a.work / "vae")  # its decoder may have been trained meanwhile
     model.save_pretrained(a.out / "generator", torch.float16)
     (a.out / "generator/recipe.json").write_text(json.dumps(RECIPE, indent=1) + "\n")
     log = [json.loads(line)["v"] for line in (a.work / "generator.jsonl").read_text().splitlines()]
@@ -293,7 +300,7 @@ def train_generator(a):
 def latent_store(a, model):
     """Latents of all training pictures, [N, CHANNELS, h, w] float16, kept in --work for this
     encoder."""
-    made_by = fingerprint(model.vae, leave_out=("decoder.", "post_quant_conv."))[:12]
+    made_by = encoder(model.vae)[:12]
     file = a.work / f"latents_{made_by}_{a.generator_frames}.pt"
     if not file.exists():
         rgb = torch.cat([load_frames(a.data / "clean/train", True, a.generator_frames)[0],
@@ -360,6 +367,7 @@ def train_teacher(a):
         x_all = torch.cat([teacher.preprocess(to_float(part)).half() for part in rgb.split(256)])
         soft = [blur((part.float() + 1) / 2, a.teacher_blur) for part in depth.split(256)]
         target_all = torch.cat([F.interpolate(part, size, mode="area").half() for part in soft])
+    del rgb, depth, soft  # gigabytes
 
     def loss_of(g, batch):
         i = torch.randint(len(x_all), (batch,), generator=g)
