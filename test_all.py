@@ -2625,6 +2625,8 @@ def test_nano_pretrain_makes_a_base_and_a_teacher_and_resumes(tmp_path, monkeypa
     """All stages at a few steps on a few frames; train.py starts from the result."""
     sys.path.insert(0, str(HERE / "nano"))
     import pretrain
+    from diffusers import AutoencoderKL
+    from train import fingerprint
 
     draw = pretrain.samples
     monkeypatch.setattr(pretrain, "samples", lambda a, model: draw(a, model, steps=2))
@@ -2646,12 +2648,25 @@ def test_nano_pretrain_makes_a_base_and_a_teacher_and_resumes(tmp_path, monkeypa
     pretrain.main(["vae", *arguments, "--vae_steps", "3"])  # goes on from step 2
     log = (tmp_path / "work/vae.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in log] == [2, 3]
+    with pytest.raises(SystemExit, match="other data, another network or other flags"):
+        pretrain.main(["vae", *arguments, "--vae_steps", "4", "--vae_lr", "2"])
     pretrain.main(["generator", "teacher", *arguments])
     model = FiffDepth.from_pretrained(out / "generator")
     assert model.factor == 8 and Image.open(tmp_path / "assets/samples.png").size == (1024, 512)
     teacher = Teacher.from_pretrained(out / "teacher")
     assert teacher(torch.zeros(1, 3, 128, 128)).shape == (1, 128, 128)
     cards = json.loads((out / "card.json").read_text())
+    before = [fingerprint(AutoencoderKL.from_pretrained(out / "generator/vae",
+                                                        low_cpu_mem_usage=False), leave_out=parts)
+              for parts in (("decoder.", "post_quant_conv."), ("encoder.", "quant_conv."))]
+    with pytest.raises(SystemExit, match="decoder.pt is of other data"):  # of the first autoencoder
+        pretrain.main(["decoder", *arguments])
+    (tmp_path / "work/decoder.pt").unlink()
+    pretrain.main(["decoder", *arguments])  # goes into the generator's folder too
+    after = [fingerprint(AutoencoderKL.from_pretrained(out / "generator/vae",
+                                                       low_cpu_mem_usage=False), leave_out=parts)
+             for parts in (("decoder.", "post_quant_conv."), ("encoder.", "quant_conv."))]
+    assert before[0] == after[0] and before[1] != after[1]
     assert set(cards) == {"vae", "decoder", "generator", "teacher"} and cards["vae"]["steps"] == 3
     assert _train("--data", f"nano={world / 'clean/train'}", f"photos={world / 'wild/train'}",
                   "--base", str(out / "generator"), "--teacher", str(out / "teacher"),

@@ -610,7 +610,8 @@ def run(a, recipe):
     model = FiffDepth.from_pretrained(a.base, vae=a.vae).to(device)
     teacher = Teacher.from_pretrained(a.teacher).to(device) if real else None
     model.info = {"target": a.target, "size": max(synthetic[0].size), "base": a.base,
-                  "teacher": a.teacher if real else None, "flags": vars(a)}
+                  "teacher": a.teacher if real else None, "processes": team.size,
+                  "flags": vars(a)}
     model.unet.train()
     if a.checkpointing:
         model.unet.enable_gradient_checkpointing()

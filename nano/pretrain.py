@@ -26,11 +26,11 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import FrameSet, UserError  # noqa: E402
+from data import BadFrame, FrameSet, UserError  # noqa: E402
 from evaluate import score  # noqa: E402
 from losses import add_noise, gradient_matching, mae, velocity  # noqa: E402
 from model import SD_SCHEDULE, FiffDepth, Teacher  # noqa: E402
-from train import fingerprint, save_sheet  # noqa: E402
+from train import cut_log, fingerprint, save_sheet  # noqa: E402
 
 CHANNELS = 32  # of the latent space
 STAGES = ("vae", "decoder", "generator", "teacher")
@@ -73,25 +73,34 @@ def to_float(rgb):
     return rgb.float() / 127.5 - 1
 
 
-def fit(stage, net, loss_of, batch, steps, lr, work):
+def fit(stage, net, loss_of, a, data):
     """Trains net on the terms of loss_of(generator, batch) with AdamW, a short warm-up and a cosine
-    to zero; resumable -> minutes."""
-    state_file, log = work / f"{stage}.pt", work / f"{stage}.jsonl"
-    work.mkdir(parents=True, exist_ok=True)
+    to zero; resumable -> minutes.
+
+    data  tells apart what it is trained on: a state made from other data must not go on
+    """
+    steps, batch, lr = (getattr(a, f"{stage}_{flag}") for flag in ("steps", "batch", "lr"))
+    state_file, log = a.work / f"{stage}.pt", a.work / f"{stage}.jsonl"
+    a.work.mkdir(parents=True, exist_ok=True)
+    of = json.dumps([batch, lr, data])
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     first, spent = 0, 0.0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
+        if state.get("of") != of or state["net"].keys() != net.state_dict().keys():
+            raise UserError(f"{state_file} is of other data, another network or other flags; "
+                            "remove it to start this stage again")
         net.load_state_dict(state["net"])
         optimizer.load_state_dict(state["optimizer"])
         first, spent = state["step"], state["minutes"]
         if first > steps:
             raise UserError(f"{state_file} is at step {first}, past --{stage}_steps {steps}; "
                             "remove it to start this stage again")
+    cut_log(log, first)
 
     def save(step):
-        state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                 "minutes": spent + (time.time() - began) / 60}
+        state = {"of": of, "step": step, "minutes": spent + (time.time() - began) / 60,
+                 "net": net.state_dict(), "optimizer": optimizer.state_dict()}
         torch.save(state, f"{state_file}.tmp")
         os.replace(f"{state_file}.tmp", state_file)
         return state["minutes"]
@@ -108,7 +117,11 @@ def fit(stage, net, loss_of, batch, steps, lr, work):
         with torch.autocast("cpu", torch.bfloat16):
             terms = loss_of(generator, batch)
         optimizer.zero_grad(set_to_none=True)
-        sum(terms.values()).backward()
+        loss = sum(terms.values())
+        if not torch.isfinite(loss):
+            raise UserError(f"{stage}: the loss is {loss.item()} at step {step + 1}; lower "
+                            f"--{stage}_lr")
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         recent.append({k: float(v.detach()) for k, v in terms.items()})
@@ -168,7 +181,7 @@ def train_vae(a):
         return {"rgb": reconstruction(y_rgb, rgb), "depth": map_reconstruction(y_depth, depth),
                 "kl": 1e-4 * kl}
 
-    minutes = fit("vae", vae, loss_of, a.vae_batch, a.vae_steps, a.vae_lr, a.work)
+    minutes = fit("vae", vae, loss_of, a, [len(x) for x in (*pictures, *maps)])
     vae.eval()
     with torch.no_grad():  # latents of unit variance, as the generator's noise schedule expects
         z = torch.cat([vae.encode(to_float(rgb[:256])).latent_dist.mean for rgb in pictures])
@@ -201,8 +214,7 @@ def train_decoder(a):
         return {"rgb": 0.25 * reconstruction(y_rgb, rgb),
                 "depth": map_reconstruction(y_depth, depth)}
 
-    minutes = fit("decoder", decoder, loss_of, a.decoder_batch, a.decoder_steps, a.decoder_lr,
-                  a.work)
+    minutes = fit("decoder", decoder, loss_of, a, [encoder(vae), len(maps[0]), len(maps[1])])
     vae.eval().save_pretrained(a.work / "vae")
     card(a, "decoder", minutes, a.decoder_steps, decoder, round_trip(vae, a))
     made = a.out / "generator/vae"
@@ -286,8 +298,7 @@ def train_generator(a):
         v = model.eps_hat(add_noise(x0, eps, a_bar), t)
         return {"v": F.mse_loss(v.float(), velocity(x0, eps, a_bar))}
 
-    minutes = fit("generator", model.unet, loss_of, a.generator_batch, a.generator_steps,
-                  a.generator_lr, a.work)
+    minutes = fit("generator", model.unet, loss_of, a, [encoder(model.vae), len(latents)])
     model.vae = read_vae(a.work / "vae")  # its decoder may have been trained meanwhile
     model.save_pretrained(a.out / "generator", torch.float16)
     (a.out / "generator/recipe.json").write_text(json.dumps(RECIPE, indent=1) + "\n")
@@ -300,8 +311,9 @@ def train_generator(a):
 def latent_store(a, model):
     """Latents of all training pictures, [N, CHANNELS, h, w] float16, kept in --work for this
     encoder."""
-    made_by = encoder(model.vae)[:12]
-    file = a.work / f"latents_{made_by}_{a.generator_frames}.pt"
+    counts = [min(a.generator_frames, len(list((a.data / folder).glob("rgb_*.png"))))
+              for folder in ("clean/train", "wild/train")]
+    file = a.work / "latents_{}_{}_{}.pt".format(encoder(model.vae)[:12], *counts)
     if not file.exists():
         rgb = torch.cat([load_frames(a.data / "clean/train", True, a.generator_frames)[0],
                          load_frames(a.data / "wild/train", False, a.generator_frames)[0]])
@@ -379,8 +391,7 @@ def train_teacher(a):
         return {"relative": ((out - target).abs() * weight).mean(),
                 "edges": gradient_matching(out, target)}
 
-    minutes = fit("teacher", teacher.net, loss_of, a.teacher_batch, a.teacher_steps, a.teacher_lr,
-                  a.work)
+    minutes = fit("teacher", teacher.net, loss_of, a, [len(x_all), a.teacher_blur])
     teacher.net.eval().half().save_pretrained(a.out / "teacher")
     (a.out / "teacher/preprocessor_config.json").write_text(
         json.dumps(teacher.config, indent=1) + "\n")
@@ -418,9 +429,14 @@ def ship(a):
     model.save_pretrained(a.out / "fiffdepth", torch.float16)
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     steps = [line for line in log if "loss" in line]
+    if len(steps) < model.info["flags"]["steps"]:
+        raise UserError(f"{run} is at step {len(steps)} of {model.info['flags']['steps']}; "
+                        "finish it: python train.py --resume")
     minutes = sum(model.info["flags"]["batch"] / line["pictures_per_second"] for line in steps) / 60
     last = {k: v for k, v in log[-1].items() if k.startswith("val_")}
-    card(a, "fiffdepth", minutes, len(steps), model.unet, last, command="python train.py")
+    n = model.info["processes"]
+    command = f"torchrun --nproc_per_node {n} train.py" if n > 1 else "python train.py"
+    card(a, "fiffdepth", minutes, len(steps), model.unet, last, command)
     a.assets.mkdir(exist_ok=True, parents=True)
     for sheet in sorted(run.glob("preview_*.png"))[-1:]:
         Image.open(sheet).save(a.assets / "preview.png")
@@ -473,8 +489,12 @@ def main(argv=None):
         for stage in a.stages:
             {"vae": train_vae, "decoder": train_decoder, "generator": train_generator,
              "teacher": train_teacher, "ship": ship}[stage](a)
-    except UserError as error:
+    except (UserError, BadFrame, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the state of at most two minutes ago",
+              file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":
