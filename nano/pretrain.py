@@ -35,8 +35,8 @@ from train import cut_log, fingerprint, save_sheet  # noqa: E402
 CHANNELS = 32  # of the latent space
 STAGES = ("vae", "decoder", "generator", "teacher")
 # What suits so small a generator; train.py reads it beside the weights, flags of its own win.
-RECIPE = {"steps": 1600, "batch": 64, "micro": 32, "lr": 1e-3, "lr_end": 0.02, "no_flip": True,
-          "cache": "runs/cache", "save_every": 100, "val_every": 400}
+RECIPE = {"steps": 3000, "batch": 64, "micro": 16, "lr": 1e-3, "lr_end": 0.02, "no_flip": True,
+          "cache": "runs/cache", "save_every": 100, "val_every": 500}
 
 
 # ---------------------------------------------------------- data in memory, one loop for all stages
