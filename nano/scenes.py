@@ -1,6 +1,6 @@
 """The small world: ray-cast rooms and yards with exact depth, in numpy.
 
-    python nano/scenes.py            # nano/data: 52,000 frames of 128x128, minutes, on all cores
+    python nano/scenes.py            # nano/data: 52,576 frames of 128x128, on all cores
     python nano/scenes.py OUT --clean 500 --wild 500 --labelled 0 --test 64 --size 96
 
 Two styles with a real gap between them, in the roles of the paper's two kinds of data (Sec. 4.1):
@@ -673,7 +673,7 @@ def main(argv=None):
                         help="frames of wild/train (images only): the real set")
     parser.add_argument("--labelled", type=int, default=32000,
                         help="frames of wild/labelled (image and depth): "
-                             "only the teacher sees them")
+                             "for the teacher and the autoencoder; train.py never sees them")
     parser.add_argument("--test", type=int, default=256,
                         help="frames each of clean/test and wild/test (image and depth)")
     parser.add_argument("--val", type=int, default=64,
