@@ -14,9 +14,10 @@ import os
 import shutil
 from pathlib import Path
 
+import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -107,7 +108,7 @@ class FiffDepth(nn.Module):
         image = F.pad(image, (0, -width % self.factor, 0, -height % self.factor), mode="replicate")
         with torch.autocast(image.device.type, enabled=False):
             coded = self.vae.encode(image.to(self.vae.dtype))
-        latent = coded.latent_dist.mean if hasattr(coded, "latent_dist") else coded.latents
+        latent = coded.latent_dist.mean if hasattr(coded, "latent_dist") else coded[0]
         return ((latent - (self.vae.config.get("shift_factor") or 0))
                 * self.vae.config.scaling_factor)
 
@@ -292,8 +293,10 @@ def load_vae(path, subfolder, keep):
     file = local_file(path, name)
     if file is None:
         raise UserError(f"{path}: no autoencoder in it ({name} is missing)")
-    tiny = json.loads(Path(file).read_text()).get("_class_name") == "AutoencoderTiny"
-    return load(AutoencoderTiny if tiny else AutoencoderKL, path, subfolder=subfolder, **keep)
+    kind = json.loads(Path(file).read_text()).get("_class_name")
+    if kind not in ("AutoencoderTiny", "AutoencoderDC"):
+        kind = "AutoencoderKL"
+    return load(getattr(diffusers, kind), path, subfolder=subfolder, **keep)
 
 
 def load_scheduler(path):

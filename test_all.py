@@ -330,6 +330,27 @@ def test_model_from_generators_of_any_width_and_from_the_authors_layout(tmp_path
         "prediction_type"] == "v_prediction"
 
 
+def test_model_deep_compression_autoencoder_behind_encode_and_decode(tmp_path, tiny):
+    from diffusers import AutoencoderDC
+
+    torch.manual_seed(0)
+    net = AutoencoderDC(
+        latent_channels=4, attention_head_dim=4, encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock", encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8), encoder_layers_per_block=(0, 1, 1),
+        decoder_layers_per_block=(0, 1, 1), encoder_qkv_multiscales=((), (), ()),
+        decoder_qkv_multiscales=((), (), ()), scaling_factor=0.4)
+    net.save_pretrained(tmp_path / "dc")
+    model = FiffDepth.from_pretrained(tiny / "base", vae=tmp_path / "dc")
+    rgb = torch.rand(1, 3, 15, 22) * 2 - 1
+    assert type(model.vae).__name__ == "AutoencoderDC" and model.factor == 4
+    assert model(rgb).shape == (1, 1, 15, 22)
+    padded = torch.nn.functional.pad(rgb, (0, 2, 0, 1), mode="replicate")
+    torch.testing.assert_close(model.encode(rgb), net.encode(padded).latent * 0.4)
+    model.save_pretrained(tmp_path / "m")
+    assert torch.equal(FiffDepth.from_pretrained(tmp_path / "m")(rgb), model(rgb))
+
+
 def test_model_tiny_autoencoder_behind_encode_and_decode(tmp_path, tiny):
     from diffusers import AutoencoderTiny
 
