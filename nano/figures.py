@@ -46,13 +46,18 @@ class World:
         label = normalize_teacher(self.teacher(sample.rgb[None])[0], "disparity")[0].numpy()
         return self.frames.read(i)[0], *both, label, sample.depth[0].numpy()
 
+    def results(self, i):
+        """Frame i -> a row of a sheet: picture, d_0, teacher, truth."""
+        rgb, d0, _, label, truth = self.maps(i)
+        return [rgb, *(colorize(m, "disparity") for m in (d0, label, truth))]
+
 
 # ---------------------------------------------------------------- pictures from arrays
 
 
-def grey(values, low=-1.0, high=1.0):
-    """[H, W] -> uint8 [H, W, 3]"""
-    shade = np.clip((values - low) / (high - low), 0, 1)
+def grey(values, white):
+    """[H, W], 0 black and `white` white -> uint8 [H, W, 3]"""
+    shade = np.clip(values / white, 0, 1)
     return (shade * 255 + 0.5).astype(np.uint8)[..., None].repeat(3, -1)
 
 
@@ -80,11 +85,8 @@ def sheet(rows, heads, scale=1, left=()):
 
 def strip(w):
     """Results: picture, d_0, teacher, truth of the first held-out wild scenes."""
-    rows = []
-    for i in w.shown:
-        rgb, d0, _, label, truth = w.maps(i)
-        rows.append([rgb, *(colorize(m, "disparity") for m in (d0, label, truth))])
-    return sheet(rows, ("picture", "d_0 (FiffDepth)", "teacher", "truth"))
+    return sheet([w.results(i) for i in w.shown],
+                 ("picture", "d_0 (FiffDepth)", "teacher", "truth"))
 
 
 @torch.no_grad()
@@ -94,10 +96,10 @@ def trajectory(w):
     x0, d0 = model.encode(sample.rgb[None]), model.encode(sample.depth[None])
     eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     times, rows, gammas = (None, 100, 300, 500, 700, 999), [], (1.0, 0.5, 0.0)
+    shift = model.vae.config.get("shift_factor") or 0
     for gamma in gammas:
         b0 = blend(x0, d0, gamma)
         row = [b0 if t is None else add_noise(b0, eps, model.alphas_cumprod[t]) for t in times]
-        shift = model.vae.config.get("shift_factor") or 0
         decoded = [model.vae.decode(b / model.vae.config.scaling_factor + shift).sample[0]
                    for b in row]
         rows.append([((p.clamp(-1, 1).permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
@@ -111,7 +113,7 @@ def edges(w):
     rows = []
     for i in w.shown:
         rgb, d0, dm1, label, truth = w.maps(i)
-        rows.append([rgb, *(grey(np.hypot(*np.gradient(m)), 0, 0.3)
+        rows.append([rgb, *(grey(np.hypot(*np.gradient(m)), 0.3)
                             for m in (d0, dm1, label, truth))])
     return sheet(rows, ("picture", "edges of d_0", "of d_-1", "of the teacher", "of the truth"))
 
@@ -197,12 +199,9 @@ def failures(w):
         rgb, depth, valid = w.frames.read(i)
         pred = predict_image(w.model, rgb)
         scored.append((score(pred, depth, valid, "disparity", w.frames.layout)[1], i))
-    rows, shares = [], []
-    for share, i in sorted(scored)[:w.a.rows]:
-        rgb, d0, _, label, truth = w.maps(i)
-        rows.append([rgb, *(colorize(m, "disparity") for m in (d0, label, truth))])
-        shares.append(f"delta1 {100 * share:.0f} %")
-    return sheet(rows, ("picture", "d_0", "teacher", "truth"), left=shares)
+    worst = sorted(scored)[:w.a.rows]
+    return sheet([w.results(i) for _, i in worst], ("picture", "d_0", "teacher", "truth"),
+                 left=[f"delta1 {100 * share:.0f} %" for share, _ in worst])
 
 
 def matplotlib_pyplot():
