@@ -234,8 +234,7 @@ class LatentSet:
         self.frames, self.name, self.path, self.of = frames.frames, frames.name, frames.path, frames
         self.model, self.teacher, self.target, self.device = model, teacher, target, device
         made_by = [frames.name, str(frames.path.resolve()), frames.size, target,
-                   fingerprint(model.vae, leave_out=("decoder.", "post_quant_conv.")),
-                   fingerprint(teacher)]
+                   latent_space(model.vae), fingerprint(teacher)]
         self.folder = Path(folder) / hashlib.sha1(json.dumps(made_by).encode()).hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -280,6 +279,11 @@ def fingerprint(net, leave_out=()):
         if not name.startswith(leave_out or "\0"):
             digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def latent_space(vae):
+    """Tells latent spaces apart: the fingerprint of the encoder alone."""
+    return fingerprint(vae, leave_out=("decoder.", "post_quant_conv."))
 
 
 def open_sets(a):

@@ -35,16 +35,19 @@ class World:
         if self.model.info["target"] != "disparity":
             raise UserError(f"{a.checkpoint} predicts depth; the figures are drawn of disparity")
 
-    @torch.no_grad()
     def maps(self, i):
         """Frame i -> rgb uint8 [H, W, 3], and maps [H, W] in [-1, 1]:
         d_0, d_-1, teacher, truth."""
         sample = self.frames.sample(i, False)
-        H, W = sample.rgb.shape[-2:]
-        d0 = self.model.predict(self.model.encode(sample.rgb[None]))
+        return self.frames.read(i)[0], *self.predictions(sample.rgb), sample.depth[0].numpy()
+
+    @torch.no_grad()
+    def predictions(self, rgb):
+        """rgb [3, H, W] in [-1, 1] -> d_0, d_-1, teacher [H, W] in [-1, 1]"""
+        H, W = rgb.shape[-2:]
+        d0 = self.model.predict(self.model.encode(rgb[None]))
         both = [self.model.decode(d)[0, 0, :H, :W].numpy() for d in (d0, self.model.filter(d0))]
-        label = normalize_teacher(self.teacher(sample.rgb[None])[0], "disparity")[0].numpy()
-        return self.frames.read(i)[0], *both, label, sample.depth[0].numpy()
+        return *both, normalize_teacher(self.teacher(rgb[None])[0], "disparity")[0].numpy()
 
     def results(self, i):
         """Frame i -> a row of a sheet: picture, d_0, teacher, truth."""
@@ -204,6 +207,18 @@ def failures(w):
                  left=[f"delta1 {100 * share:.0f} %" for share, _ in worst])
 
 
+def photos(w):
+    """Photographs, which the shipped weights never saw, as squares of the training size."""
+    frames = FrameSet("photos", w.a.photos, size=(w.model.info["size"],) * 2)
+    rows = []
+    for i in range(len(frames)):
+        rgb = frames.sample(i, False).rgb
+        d0, _, label = w.predictions(rgb)
+        rows.append([((rgb.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy(),
+                     *(colorize(m, "disparity") for m in (d0, label))])
+    return sheet(rows, ("picture", "d_0", "teacher"))
+
+
 def matplotlib_pyplot():
     try:
         import matplotlib
@@ -216,7 +231,8 @@ def matplotlib_pyplot():
 
 # ---------------------------------------------------------------- the command
 
-FIGURES = {f.__name__: f for f in (strip, trajectory, edges, spectrum, ablation, cloud, failures)}
+FIGURES = {f.__name__: f for f in (strip, trajectory, edges, spectrum, ablation, cloud, failures,
+                                photos)}
 
 
 def main(argv=None):
@@ -230,6 +246,7 @@ def main(argv=None):
     add("--data", type=Path, default=HERE / "data", help="folder that nano/scenes.py wrote")
     add("--runs", type=Path, default=root / "runs/ablate", help="what nano/ablate.py trained")
     add("--results", type=Path, default=HERE / "ablation.jsonl", help="and what it scored")
+    add("--photos", type=Path, default=root / "assets/photos", help="folder of photographs")
     add("--rows", type=int, default=4, help="scenes in a figure")
     add("--frames", type=int, default=256, help="held-out scenes that spectrum and failures use")
     add("--out", type=Path, default=root / "assets", help="folder of the figures")
