@@ -126,7 +126,13 @@ def open_root(name, path, shards=False):
     if path.is_file() and path.suffix.lower() == ".tar":
         return Tar(path)
     raise UserError(f"--data {name}={path}: expected a folder or a .tar file, found "
-                    + ("another kind of file" if path.exists() else "nothing there"))
+                    + ("another kind of file" if path.exists() else f"nothing there{remedy(path)}"))
+
+
+def remedy(path):
+    """What to do when there is nothing at `path`, if that is known."""
+    small_world = {"nano", "clean", "wild"} & set(path.parts)
+    return "; `python nano/scenes.py` makes the small world, in minutes" if small_world else ""
 
 
 # --------------------------------------------------------------------------------------- decoders
@@ -485,7 +491,8 @@ class Sample(NamedTuple):
 
 
 def cover(rgb, size):
-    """Scale a picture until it just covers (H, W), antialiased, and cut the centre out."""
+    """Scale a picture, smaller ones up, until it just covers (H, W), antialiased, and cut the
+    centre out."""
     (H, W), (h, w) = rgb.shape[:2], size
     scale = min(H / h, W / w)       # source pixels per result pixel
     top, left = int((H - h * scale) / 2), int((W - w * scale) / 2)     # whole: scale 1 stays exact
@@ -777,17 +784,20 @@ def split_word(flag, word, known):
         raise UserError(f"{flag} {word}: unknown name {name}, expected one of {', '.join(known)}")
     path = Path(path).expanduser()                  # no shell expands a ~ after the "="
     if not path.exists():
-        raise UserError(f"{flag} {word}: there is no file or folder {path}")
+        raise UserError(f"{flag} {word}: there is no file or folder {path}{remedy(path)}")
     return name, path
 
 
-def parse_sources(sources, lists=(), rows=SETS):
-    """["hypersim=PATH", ...] and ["hypersim=FILE", ...] -> {name: (path, list file or None)}"""
+def parse_sources(sources, lists=(), rows=SETS, flag="--data"):
+    """["hypersim=PATH", ...] and ["hypersim=FILE", ...] -> {name: (path, list file or None)}
+
+    flag  that the sources came from, for the sentences
+    """
     known = list(dict.fromkeys(row.name for row in rows))
     found = {}
-    for name, path in (split_word("--data", word, known) for word in sources):
+    for name, path in (split_word(flag, word, known) for word in sources):
         if name in found:
-            raise UserError(f"--data names {name} twice: put both under one folder")
+            raise UserError(f"{flag} names {name} twice: put both under one folder")
         found[name] = path, None
     for word in lists:
         name, path = split_word("--list", word, list(found) or known)

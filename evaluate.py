@@ -37,7 +37,7 @@ from tqdm import tqdm
 from data import (SETS, TEST_SETS, BadFrame, FrameSet, UserError, open_image, open_root,
                   parse_sources)
 from infer import choose_device, explain, load_model, predict_batch, predict_image
-from model import DEFAULT_INFO, SD_SCHEDULE, FiffDepth, Teacher
+from model import AUTHORS_INFO, SD_SCHEDULE, FiffDepth, Teacher
 
 HERE = Path(__file__).resolve().parent
 THRESHOLDS = np.linspace(1.05, 1.25, 10)  # of boundaries, as ratios of depth; they are weights too
@@ -997,7 +997,7 @@ def build_fiffdepth(source, settings, dtype, device):
         model = FiffDepth.from_pretrained(source, dtype=dtype)
     else:
         unet, vae = random_unet_and_vae(settings, dtype, device)
-        model = FiffDepth(unet, vae, DDPMScheduler(**SD_SCHEDULE), prompt_for(unet), DEFAULT_INFO)
+        model = FiffDepth(unet, vae, DDPMScheduler(**SD_SCHEDULE), prompt_for(unet), AUTHORS_INFO)
     if "tiny" in settings:
         vae, vae_weights = tiny_vae(settings, dtype, device)
         weights += "" if vae_weights == weights else f", VAE {vae_weights}"

@@ -36,7 +36,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from data import IMAGE_SUFFIXES, BadFrame, UserError, open_image, to_rgb, walk
-from model import FiffDepth
+from model import FiffDepth, local_file
 
 if __name__ == "__main__":
     del sys.modules["transformers"]  # a folder in the authors' layout needs its text encoder
@@ -330,6 +330,9 @@ def load_model(a):
     if model.info.get("target") not in MEANING or not isinstance(model.info.get("size"), int):
         raise UserError(f"{a.checkpoint}: its fiffdepth.json must hold a target, disparity or "
                         "depth, and a size in pixels")
+    if "steps" not in model.info and local_file(a.checkpoint, "scheduler/scheduler_config.json"):
+        print(f"note: nothing in {a.checkpoint} says that train.py trained it for depth; from a "
+              "bare generator expect noise", file=sys.stderr)
     torch.backends.cudnn.deterministic = True  # the same bits each time
     return model.to(device), f"{device}, {dtype}"
 

@@ -14,8 +14,8 @@ import torch
 def blend(x0, d0, gamma):
     """Eq. 2, first line: b_0 = γ x_0 + (1−γ) d_0, the image fading into its depth.
 
-    x0, d0, result [B, C, h, w]. d0 is the latent of the true depth: a target must not move
-    (decision 4).
+    x0, d0, result [B, C, h, w]. d0 is the latent of the true depth, not the prediction: a target
+    must not move (README, "Where the paper is silent").
     """
     return gamma * x0 + (1 - gamma) * d0
 

@@ -18,6 +18,7 @@ import diffusers
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -26,10 +27,14 @@ from data import UserError
 PROMPT_FILE, INFO_FILE = "empty_prompt.safetensors", "fiffdepth.json"
 # A folder without our JSON is read as the paper's authors lay theirs out: depth, not disparity, 768
 # pixels.
-DEFAULT_INFO = {"target": "depth", "size": 768}
+AUTHORS_INFO = {"target": "depth", "size": 768}
 # A folder without a scheduler (the authors' have none) gets Stable Diffusion's noise schedule.
 SD_SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
                "beta_schedule": "scaled_linear", "clip_sample": False}
+
+# Classes of transformers' depth networks that always predict metres: near and far the other way
+# round.
+METRIC_NETWORKS = {"depth_pro", "zoedepth", "prompt_depth_anything", "glpn"}
 
 
 class FiffDepth(nn.Module):
@@ -112,14 +117,17 @@ class FiffDepth(nn.Module):
         return ((latent - (self.vae.config.get("shift_factor") or 0))
                 * self.vae.config.scaling_factor)
 
-    def decode(self, latent):
-        """Depth latent [B, C, h, w] -> [B, 1, h·factor, w·factor] in [-1, 1]:
-        the mean of three channels."""
+    def decode_image(self, latent):
+        """Latent [B, C, h, w] -> image [B, 3, h·factor, w·factor], about [-1, 1], not clamped."""
         latent = (latent.to(self.vae.dtype) / self.vae.config.scaling_factor
                   + (self.vae.config.get("shift_factor") or 0))
         with torch.autocast(latent.device.type, enabled=False):
-            image = self.vae.decode(latent).sample
-        return image.mean(1, keepdim=True).clamp(-1, 1)
+            return self.vae.decode(latent).sample
+
+    def decode(self, latent):
+        """Depth latent [B, C, h, w] -> [B, 1, h·factor, w·factor] in [-1, 1]:
+        the mean of three channels."""
+        return self.decode_image(latent).mean(1, keepdim=True).clamp(-1, 1)
 
     @torch.no_grad()
     def forward(self, rgb):
@@ -153,7 +161,7 @@ class FiffDepth(nn.Module):
             beside = local_file(vae, "vae/config.json") is not None
             autoencoder = load_vae(str(vae), "vae" if beside else None, keep)
         info_file = local_file(path, INFO_FILE)
-        info = json.loads(Path(info_file).read_text()) if info_file else DEFAULT_INFO
+        info = read_json(info_file) if info_file else AUTHORS_INFO
         return cls(unet, autoencoder, scheduler, prompt.to(dtype), info).eval()
 
     def save_pretrained(self, path, dtype=None):
@@ -208,8 +216,9 @@ class Teacher(nn.Module):
         if file is None:
             raise UserError(f"{path}: no preprocessor_config.json; --teacher wants a depth model "
                             "saved with its image processor")
-        config = json.loads(Path(file).read_text())
-        if getattr(net.config, "depth_estimation_type", "relative") != "relative":
+        config = read_json(file)
+        if (net.config.model_type in METRIC_NETWORKS
+                or getattr(net.config, "depth_estimation_type", "relative") != "relative"):
             raise UserError(f"{path}: predicts metric depth; --teacher wants relative disparity")
         size = config.get("size")
         if not isinstance(size, dict) or not {"height", "width"} <= set(size):
@@ -271,6 +280,13 @@ def local_file(path, name):
                         f"({str(error).splitlines()[0]})") from None
 
 
+def read_json(file):
+    try:
+        return json.loads(Path(file).read_text())
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}); fetch it again") from None
+
+
 def check_folder(path, what, needed):
     """One sentence for the commonest mistakes: a wrong path, a wrong folder."""
     if local_file(path, needed) is None:
@@ -282,7 +298,7 @@ def check_folder(path, what, needed):
 def load(network, path, **options):
     try:
         return network.from_pretrained(path, **options)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         where = "/".join(filter(None, [path, options.get("subfolder")]))
         raise UserError(f"{where}: cannot be loaded as {network.__name__} "
                         f"({str(error).strip().splitlines()[0]})") from None
@@ -293,7 +309,7 @@ def load_vae(path, subfolder, keep):
     file = local_file(path, name)
     if file is None:
         raise UserError(f"{path}: no autoencoder in it ({name} is missing)")
-    kind = json.loads(Path(file).read_text()).get("_class_name")
+    kind = read_json(file).get("_class_name")
     if kind not in ("AutoencoderTiny", "AutoencoderDC"):
         kind = "AutoencoderKL"
     return load(getattr(diffusers, kind), path, subfolder=subfolder, **keep)
@@ -302,7 +318,7 @@ def load_vae(path, subfolder, keep):
 def load_scheduler(path):
     """The generator's noise schedule, whichever sampler class it was saved for."""
     file = local_file(path, "scheduler/scheduler_config.json")
-    config = json.loads(Path(file).read_text()) if file else SD_SCHEDULE
+    config = read_json(file) if file else SD_SCHEDULE
     known = DDPMScheduler().config.keys()
     return DDPMScheduler.from_config({k: v for k, v in config.items()
                                       if k in known and not k.startswith("_")})
@@ -313,7 +329,10 @@ def read_prompt(path, width):
     from two tokens (begin, end), not padded to 77, as the paper's authors do."""
     file = local_file(path, PROMPT_FILE)
     if file is not None:
-        prompt = load_file(file)["prompt"]
+        try:
+            prompt = load_file(file)["prompt"]
+        except (SafetensorError, KeyError) as error:
+            raise UserError(f"{file} is damaged ({error}); fetch it again") from None
     elif local_file(path, "text_encoder/config.json") is None:
         raise UserError(f"{path}: neither {PROMPT_FILE} nor text_encoder/ and tokenizer/ "
                         "to make the empty prompt from")

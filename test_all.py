@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -541,6 +542,26 @@ def test_teacher_returns_disparity_at_the_input_size_without_gradient(tiny):
     out = teacher(rgb)
     assert out.shape == (2, 24, 32) and (out >= 0).all() and not out.requires_grad
     assert all(not p.requires_grad for p in teacher.parameters())
+
+
+def test_teacher_that_predicts_metres_is_refused(tiny, tmp_path, monkeypatch):
+    net = Teacher.from_pretrained(tiny / "teacher").net
+    net.config.model_type = "depth_pro"
+    import model
+
+    monkeypatch.setattr(model, "load", lambda *_, **__: net)
+    with pytest.raises(UserError, match="predicts metric depth"):
+        Teacher.from_pretrained(tiny / "teacher")
+
+
+@pytest.mark.parametrize("file", ["fiffdepth.json", "empty_prompt.safetensors",
+                                  "scheduler/scheduler_config.json", "vae/config.json",
+                                  "unet/diffusion_pytorch_model.safetensors"])
+def test_model_damaged_files_are_one_sentence(tiny, tmp_path, file):
+    shutil.copytree(tiny / "base", tmp_path / "base")
+    (tmp_path / "base" / file).write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(UserError, match="damaged|cannot be loaded"):
+        FiffDepth.from_pretrained(tmp_path / "base")
 
 
 def test_teacher_without_its_preprocessor_is_one_sentence(tiny, tmp_path):
@@ -1305,6 +1326,70 @@ def test_train_resume_refuses_other_hyper_parameters_and_new_runs_keep_old_ones(
     assert "holds no run" in capsys.readouterr().err
 
 
+def test_train_resume_refuses_another_teacher_or_latent_space(tiny, tmp_path, capsys):
+    shutil.copytree(tiny / "teacher", tmp_path / "teacher")
+    shutil.copytree(tiny / "base", tmp_path / "base")
+    command = _command(tiny, tmp_path / "run", steps=1)
+    command[command.index("--teacher") + 1] = str(tmp_path / "teacher")
+    command[command.index("--base") + 1] = str(tmp_path / "base")
+    assert _train(*command) == 0
+    assert _train("--resume", "--out", str(tmp_path / "run"), "--checkpointing") == 0
+    for part in ("teacher/model", "base/vae/diffusion_pytorch_model"):
+        file = tmp_path / f"{part}.safetensors"
+        kept, weights = file.read_bytes(), safetensors.torch.load_file(file)
+        changed = {k: v + 1 if v.is_floating_point() else v for k, v in weights.items()}
+        safetensors.torch.save_file(changed, file, metadata={"format": "pt"})
+        assert _train("--resume", "--out", str(tmp_path / "run")) == 2
+        assert "the autoencoder or the teacher has changed" in capsys.readouterr().err
+        file.write_bytes(kept)
+
+
+def test_train_resumes_where_the_folder_was_moved_to(tiny, tmp_path):
+    assert _train(*_command(tiny, tmp_path / "old", steps=1)) == 0
+    shutil.move(tmp_path / "old", tmp_path / "new")
+    assert _train("--resume", "--out", str(tmp_path / "new")) == 0
+    assert not (tmp_path / "old").exists() and _state(tmp_path / "new")["step"] == 1
+
+
+def test_train_cache_knows_a_tar_that_was_replaced(tiny, tmp_path):
+    """And another scale of the latents, and another input size of the teacher."""
+    from train import LatentSet
+
+    def keys():
+        frames = FrameSet("photos", tmp_path / "p.tar")
+        kept = LatentSet(frames, model, teacher, tmp_path / "cache", "disparity", "cpu")
+        return kept.folder, kept.key(0, False)
+
+    model = FiffDepth.from_pretrained(tiny / "base")
+    teacher = Teacher.from_pretrained(tiny / "teacher")
+    _tar(tmp_path / "p.tar", {"a.png": _bytes(np.zeros((8, 8, 3), np.uint8))})
+    first = keys()
+    assert keys() == first
+    _tar(tmp_path / "p.tar", {"a.png": _bytes(np.full((8, 8, 3), 9, np.uint8), "BMP")})
+    second = keys()
+    assert second[0] == first[0] and second[1] != first[1]
+    model.vae.register_to_config(scaling_factor=0.7)
+    third = keys()
+    teacher.config = teacher.config | {"size": {"height": 14, "width": 14}}
+    assert len({second[0], third[0], keys()[0]}) == 3
+
+
+def test_train_help_shows_defaults_and_a_recipe_is_checked(tiny, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        _train("--help")
+    assert "Eq. 2; 1 = ablation: image only (default: 0.5)" in " ".join(
+        capsys.readouterr().out.split())
+    shutil.copytree(tiny / "base", tmp_path / "base")
+    command = _command(tiny, tmp_path / "run")
+    command[command.index("--base") + 1] = str(tmp_path / "base")
+    for recipe, sentence in (('{"stepps": 3}', "stepps 3 is no flag"),
+                             ('{"gamma": "0.5"}', "gamma '0.5' is no flag"), ("{", "is damaged")):
+        (tmp_path / "base/recipe.json").write_text(recipe)
+        assert _train(*command) == 2
+        error = capsys.readouterr().err
+        assert sentence in error and len(error.splitlines()) == 1
+
+
 def test_train_nan_stops_before_the_step_and_names_the_files(tiny, tmp_path, capsys, monkeypatch):
     import train
 
@@ -1382,7 +1467,7 @@ def test_train_every_flag_has_help_and_is_read():
 
 def _model(target="disparity", size=64):
     model = _tiny_model().eval()
-    model.info = {"target": target, "size": size}
+    model.info = {"target": target, "size": size, "steps": 1}
     return model
 
 
@@ -1560,6 +1645,15 @@ def test_infer_half_precision_on_cpu(tmp_path, capsys, dtype):
     assert f"cpu, {dtype}" in capsys.readouterr().out
     half, full = _values(tmp_path, "a"), _alone(tmp_path, path)
     assert half.dtype == np.float32 and 0 < np.abs(half - full).max() < 0.1
+
+
+def test_infer_says_when_nothing_was_trained_for_depth(tmp_path, capsys):
+    path = _picture(tmp_path / "a.png")
+    model = _model()
+    del model.info["steps"]
+    model.save_pretrained(tmp_path / "model")
+    assert _run(tmp_path, path) == 0
+    assert "from a bare generator expect noise" in capsys.readouterr().err
 
 
 def test_infer_flag_vae(tmp_path):
@@ -2685,6 +2779,7 @@ def test_nano_pretrain_makes_a_base_and_a_teacher_and_resumes(tmp_path, monkeypa
     vae = pretrain.read_vae(out / "generator/vae")
     assert before[0] == latent_space(vae) and before[1] != fingerprint(vae.decoder)
     assert set(cards) == {"vae", "decoder", "generator", "teacher"} and cards["vae"]["steps"] == 3
+    assert cards["vae"]["command"] == "python nano/pretrain.py vae --vae_steps 3"
     assert _train("--data", f"nano={world / 'clean/train'}", f"photos={world / 'wild/train'}",
                   "--base", str(out / "generator"), "--teacher", str(out / "teacher"),
                   "--out", str(tmp_path / "run"), "--cache", str(tmp_path / "cache"),
@@ -2742,8 +2837,12 @@ def test_nano_ablate_trains_scores_and_skips_what_is_done(small_world, tmp_path,
     ablate.main(["full", *common])
     assert json.loads((tmp_path / "r.jsonl").read_text())["wild"] == full["wild"]
     assert (work / "full_0/unet/diffusion_pytorch_model.safetensors").stat().st_mtime_ns == stamp
-    with pytest.raises(SystemExit, match="no run of these weights and settings"):
-        ablate.main(["full", *common, "--steps", "3", "--report"])
+    capsys.readouterr()
+    ablate.main(["--report", "--results", str(tmp_path / "r.jsonl")])  # needs neither data nor nets
+    shown = capsys.readouterr().out
+    assert "| full | 1 |" in shown and "2 steps a run, 2 scenes" in shown and "2 runs at" in shown
+    with pytest.raises(SystemExit, match="none.jsonl holds no runs; first: python nano/ablate.py"):
+        ablate.main(["--report", "--results", str(tmp_path / "none.jsonl")])
 
 
 def test_nano_ablate_a_run_that_fails_is_one_sentence(small_world, tmp_path):

@@ -39,12 +39,13 @@ from data import (BadFrame, BadFrames, FrameSet, MixedBatches, Sample, UserError
 from evaluate import score
 from infer import choose_device
 from losses import add_noise, blend, gradient_matching, mae, trajectory_loss
-from model import FiffDepth, Teacher
+from model import FiffDepth, Teacher, read_json
 
 HERE = Path(__file__).resolve().parent
 WEIGHTS = {"hypersim": 9, "vkitti": 1}  # shares of the synthetic half (Marigold); other sets 1
 # What may change when a run goes on; all else would make it another run.
-FREE_ON_RESUME = {"resume", "out", "workers", "device", "save_every", "val_every", "max_bad"}
+FREE_ON_RESUME = {"resume", "out", "workers", "device", "save_every", "val_every", "max_bad",
+                  "checkpointing"}
 
 
 # ---------------------------------------------------------------- flags
@@ -67,7 +68,8 @@ def flags():
         **sets)
     add("--list", [], "list files in Marigold's form, to select and order a set's frames", **sets)
     add("--val", None, "held-out sets; default: the last frames of the first synthetic set", **sets)
-    add("--base", f"{small}/weights/generator", "generator to start from (Sec. 3.1)", **place)
+    add("--base", f"{small}/weights/generator", "generator to start from (Sec. 3.1); a recipe.json "
+        "in it replaces defaults of this list", **place)
     add("--teacher", f"{small}/weights/teacher", "source of pseudo-labels (Sec. 3.3)", **place)
     add("--vae", None, "another autoencoder of the same latent space", **place)
     add("--out", "runs/fiffdepth", "folder of checkpoint, log and previews", metavar="DIR")
@@ -99,7 +101,7 @@ def flags():
     add("--checkpointing", False, "recompute activations in the backward pass, to save memory",
         **switch)
     add("--cache", None, "folder that keeps latents: frames are encoded once", metavar="DIR")
-    add("--workers", 2, "processes that read pictures")
+    add("--workers", 2, "processes that read pictures; none with --cache")
     add("--device", "auto", "auto, cpu, cuda, mps")
     add("--save_every", 500, "steps between checkpoints")
     add("--val_every", 500, "steps between validations and previews; 0 = never")
@@ -111,16 +113,22 @@ def read_flags(argv):
     """-> flags, and what came from a recipe. The command line wins over the flags stored by the
     run that is resumed, or over the base's recipe.json, and these over the defaults."""
     parser = flags()
-    for action in parser._actions:  # parse without defaults, to know what was given
-        action.default, action.usual = argparse.SUPPRESS, action.default
+    usual = vars(parser.parse_args([]))
+    parser.parse_args(argv)  # --help, with the defaults, and mistakes
+    for action in parser._actions:  # once more without defaults, to know what was given
+        action.default = argparse.SUPPRESS
     given = vars(parser.parse_args(argv))
-    usual = {k.dest: k.usual for k in parser._actions if k.dest != "help"}
     a = usual | given
     if a["resume"]:
         stored = stored_flags(a["out"], given)
-        return check_flags(argparse.Namespace(**(usual | stored | given))), []
+        here = {"out": a["out"]}  # the folder may have been moved since
+        return check_flags(argparse.Namespace(**(usual | stored | given | here))), []
     file = Path(a["base"]) / "recipe.json"  # what suits a small generator, e.g. its learning rate
-    recipe = json.loads(file.read_text()) if file.exists() else {}
+    recipe = read_json(file) if file.exists() else {}
+    for name, value in recipe.items():
+        kinds = (str, list) if usual.get(name) is None else (int, type(usual[name]))
+        if name not in usual or not isinstance(value, kinds):
+            raise UserError(f"{file}: {name} {value!r} is no flag of train.py, or of another type")
     recipe = {k: v for k, v in recipe.items() if k not in given}
     if "data" not in given and "val" not in given:
         a["val"] = [f"nano={HERE}/nano/data/wild/val"]
@@ -132,7 +140,7 @@ def stored_flags(out, given):
     file = Path(out) / "flags.json"
     if not file.exists():
         raise UserError(f"--resume: {out} holds no run of train.py (no flags.json)")
-    stored = json.loads(file.read_text())
+    stored = read_json(file)
     for name in given.keys() - FREE_ON_RESUME:
         if given[name] != stored.get(name):
             raise UserError(f"--resume: --{name} was {stored.get(name)} in {out}; leave it out, "
@@ -231,10 +239,13 @@ class LatentSet:
     teacher are frozen. One frame at a time: no value depends on its neighbours in a batch."""
 
     def __init__(self, frames, model, teacher, folder, target, device):
-        self.frames, self.name, self.path, self.of = frames.frames, frames.name, frames.path, frames
+        self.frames, self.name, self.path = frames.frames, frames.name, frames.path
+        self.pixels = frames  # the FrameSet
         self.model, self.teacher, self.target, self.device = model, teacher, target, device
         made_by = [frames.name, str(frames.path.resolve()), frames.size, target,
-                   latent_space(model.vae), fingerprint(teacher)]
+                   latent_space(model.vae), model.vae.config.scaling_factor,
+                   model.vae.config.get("shift_factor"), fingerprint(teacher),
+                   teacher and teacher.config]
         self.folder = Path(folder) / hashlib.sha1(json.dumps(made_by).encode()).hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -253,14 +264,15 @@ class LatentSet:
         return Sample(kept["x0"], kept["label"], kept.get("mask"), name)
 
     def key(self, i, flip):
-        """Of a frame's files, their sizes and times, so that changed files are encoded again."""
-        names = self.frames[i][:2] if self.path.is_dir() else ()
-        files = [self.path / name for name in names if name]
-        stats = [(f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
+        """Of a frame's files, their sizes and times, so that changed files are encoded again; what
+        lies in a .tar goes by the .tar."""
+        files = [self.path / name for name in self.frames[i][:2] if name]
+        found = [next(place for place in (f, *f.parents) if place.exists()) for f in files]
+        stats = [(f.stat().st_size, f.stat().st_mtime_ns) for f in found]
         return hashlib.sha1(repr((self.frames[i], flip, stats)).encode()).hexdigest()
 
     def encode(self, i, flip):
-        s = self.of.sample(i, flip)
+        s = self.pixels.sample(i, flip)
         rgb = s.rgb[None].to(self.device)
         if s.depth is None:
             label = normalize_teacher(self.teacher(rgb)[0], self.target)[None]
@@ -276,7 +288,7 @@ def fingerprint(net, leave_out=()):
     """Tells one network's weights from another's: a stale cache must never be read."""
     digest = hashlib.sha1()
     for name, value in net.state_dict().items() if net is not None else ():
-        if not name.startswith(leave_out or "\0"):
+        if not name.startswith(leave_out):
             digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
@@ -288,11 +300,6 @@ def latent_space(vae):
 
 def open_sets(a):
     """-> synthetic FrameSets, the real one or None, and the held-out ones."""
-    for word in a.data + (a.val or []):
-        path = Path(word.partition("=")[2])
-        if path.is_relative_to(HERE / "nano/data") and not path.exists():
-            raise UserError(f"{path} is not there yet; `python nano/scenes.py` makes the small "
-                            "world, in minutes")
     sources = parse_sources(a.data, a.list)
     synthetic = [FrameSet(name, *source, space=a.target)
                  for name, source in sources.items() if name != "photos"]
@@ -304,7 +311,7 @@ def open_sets(a):
     real = None if a.no_teacher else FrameSet("photos", *sources["photos"], size=synthetic[0].size)
     if a.val:
         held_out = [FrameSet(name, *source, space=a.target, cap=a.val_frames)
-                    for name, source in parse_sources(a.val).items()]
+                    for name, source in parse_sources(a.val, flag="--val").items()]
         for frames in held_out:
             if frames.layout.depth is None:
                 raise UserError(f"--val {frames.name}={frames.path}: has no depth to compare with")
@@ -339,7 +346,7 @@ def save_checkpoint(r, step):
     """training.pt, all that resuming needs, in one rename; then the folder that infer.py reads."""
     out = Path(r.a.out)
     state = {"step": step, "unet": r.model.unet.state_dict(), "optimizer": r.optimizer.state_dict(),
-             "bad": r.bad.state(), "frames": r.frames}
+             "bad": r.bad.state(), "frames": r.frames, "made_of": r.made_of}
     r.model.info["steps"] = step
     try:
         with open(out / "training.pt.tmp", "wb") as f:
@@ -353,7 +360,7 @@ def save_checkpoint(r, step):
                         f"({str(error).splitlines()[0]}); is the disk full?") from None
 
 
-def load_checkpoint(out, model, optimizer, frames):
+def load_checkpoint(out, model, optimizer, frames, made_of):
     """-> step and bad frames. A run killed before its first checkpoint starts again at step 0."""
     if not (out / "training.pt").exists():
         print(f"--resume: no checkpoint in {out} yet, so the run starts again", file=sys.stderr)
@@ -363,6 +370,10 @@ def load_checkpoint(out, model, optimizer, frames):
         raise UserError(f"--resume: the sets of {out} had {state['frames']} frames and have "
                         f"{frames} now, so that the order would change; restore them, or start a "
                         "new --out")
+    if state.get("made_of") != made_of:
+        raise UserError(f"--resume: the autoencoder or the teacher has changed since {out} was "
+                        "trained (look at --base, --vae, --teacher in its flags.json); restore "
+                        "them, or start a new --out")
     model.unet.load_state_dict(state["unet"])
     optimizer.load_state_dict(state["optimizer"])
     return state["step"], state["bad"]
@@ -383,8 +394,8 @@ def cut_log(file, step):
 
 @torch.no_grad()
 def validate(model, teacher, held_out, device, preview, rows=4):
-    """AbsRel and delta1 on held-out frames after alignment, and a picture of the first few:
-    image, d_0, d_−1, teacher, truth."""
+    """AbsRel, delta1 and boundary F1 on held-out frames after alignment, and a picture of the first
+    few: image, d_0, d_−1, teacher, truth."""
     model.unet.eval()
     space, scores, pictures = model.info["target"], [], []
     for frames in held_out:
@@ -399,7 +410,7 @@ def validate(model, teacher, held_out, device, preview, rows=4):
             shown = show(model, d0, rgb)  # [1, 1, H, W] in [-1, 1]
             pred = F.interpolate((shown + 1) / 2, depth.shape, mode="bilinear", antialias=True)
             pred = pred[0, 0].float().cpu().numpy()
-            scores.append(score(pred, depth, valid, space, frames.layout)[:2])
+            scores.append(score(pred, depth, valid, space, frames.layout))
             if len(pictures) < rows:
                 maps = [shown, show(model, model.filter(d0), rgb)]
                 if teacher is not None:
@@ -410,8 +421,9 @@ def validate(model, teacher, held_out, device, preview, rows=4):
     if not scores:
         return {"val_frames": 0}
     save_sheet(pictures, preview)
-    error, share = np.nanmean(scores, 0).round(5).tolist()
-    return {"val_abs_rel": error, "val_delta1": share, "val_frames": len(scores)}
+    error, share, f1 = np.nanmean(scores, 0).round(5).tolist()
+    return {"val_abs_rel": error, "val_delta1": share, "val_boundary_f1": f1,
+            "val_frames": len(scores)}
 
 
 def show(model, latent, rgb):
@@ -497,6 +509,7 @@ class Run(NamedTuple):
     accumulate: int  # micro-batches a step and process
     bad: BadFrames  # of this process
     frames: dict  # set -> number of frames, the missing ones too
+    made_of: list  # fingerprints of the frozen networks
     stop: list  # signals received
 
 
@@ -509,8 +522,9 @@ def micro_batch(r, loader):
     names = batch.names
     batch = type(batch)(*(v.to(r.device, non_blocking=True) if torch.is_tensor(v) else v
                           for v in batch))
-    if r.a.cache:
-        return Latents(*batch[:5]), names
+    if r.a.cache:  # a LatentSet puts latents where pixels were
+        return Latents(x0=batch.rgb, d0_star=batch.depth, mask=batch.mask, real_x0=batch.real,
+                       dm1_star=batch.labels), names
     return to_latents(r.model, r.teacher, batch, r.a.target), names
 
 
@@ -525,7 +539,7 @@ def draws(r, m, like):
 
 def gradients(r, loader, step):
     """Accumulates the gradient of one step -> its averaged terms; None if a signal came."""
-    sums, names = {}, []
+    sums, names, culprits = {}, [], []
     for i in range(r.accumulate):
         if r.team.mean([len(r.stop)])[0] > 0:  # all processes leave at the same place
             return None
@@ -537,10 +551,12 @@ def gradients(r, loader, step):
             with torch.autocast(r.device.type, torch.bfloat16, r.a.dtype == "bfloat16"):
                 terms = r.step_module(z, *draws(r, m, z.x0))
             (sum(terms.values()) / r.accumulate).backward()
-        sums = {k: sums.get(k, 0.0) + v.item() / r.accumulate for k, v in terms.items()}
-        stop_at_nan(step, sums, names)
+        terms = {k: v.item() for k, v in terms.items()}
+        culprits += [] if all(map(math.isfinite, terms.values())) else files
+        sums = {k: sums.get(k, 0.0) + v / r.accumulate for k, v in terms.items()}
     sums["grad_norm"] = nn.utils.clip_grad_norm_(r.model.unet.parameters(), r.a.clip).item()
-    stop_at_nan(step, sums, names)
+    # only now: a NaN reaches the gradient of all processes, and all of them leave here
+    stop_at_nan(step, sums, culprits or (names if r.team.size == 1 else []))
     return dict(zip(sums, r.team.mean(list(sums.values()))))
 
 
@@ -548,8 +564,10 @@ def stop_at_nan(step, values, names):
     """Before the step is taken: the weights, and the last checkpoint, stay as they were."""
     broken = [k for k, v in values.items() if not math.isfinite(v)]
     if broken:
+        frames = "these frames" if names else "the frames that another process names"
         raise UserError(f"step {step + 1}: {broken[0]} is {values[broken[0]]}; the step was not "
-                        "taken. Look at these frames, or lower --lr:\n  " + "\n  ".join(names))
+                        f"taken. Look at {frames}, or lower --lr:" + "".join(
+                            f"\n  {name}" for name in names))
 
 
 def write_log(log, line):
@@ -570,7 +588,7 @@ def train(r, loader, held_out, first):
         r.optimizer.zero_grad(set_to_none=True)
         try:
             terms = gradients(r, loader, step)
-        except UserError:  # this step was not taken, but those before it are good
+        except Exception:  # this step was not taken, but those before it are good
             if main_process and saved != done:
                 save_checkpoint(r, done)
             raise
@@ -591,8 +609,9 @@ def train(r, loader, held_out, first):
             scores = validate(r.model, r.teacher, held_out, r.device, preview)
             write_log(log, {"step": done, **scores})
             if scores["val_frames"]:
-                tqdm.write("step {}: held out AbsRel {:.1f} %, delta1 {:.1f} %".format(
-                    done, 100 * scores["val_abs_rel"], 100 * scores["val_delta1"]))
+                tqdm.write("step {}: held out AbsRel {:.1f} %, delta1 {:.1f} %, boundary F1 {:.3f}"
+                           .format(done, 100 * scores["val_abs_rel"], 100 * scores["val_delta1"],
+                                   scores["val_boundary_f1"]))
         if done % a.save_every == 0:
             save_checkpoint(r, done)
             saved = done
@@ -622,7 +641,9 @@ def run(a, recipe):
     optimizer = torch.optim.AdamW(model.unet.parameters(), lr=a.lr, weight_decay=a.weight_decay,
                                   fused=device.type == "cuda")
     frames = {s.name: len(s) + len(s.missing) for s in sets}
-    first, known_bad = load_checkpoint(out, model, optimizer, frames) if a.resume else (0, [])
+    made_of = [latent_space(model.vae), fingerprint(teacher)]
+    first, known_bad = (load_checkpoint(out, model, optimizer, frames, made_of) if a.resume
+                        else (0, []))
     bad = BadFrames(known_bad)
     bad.add([name for s in sets for name in s.missing])
     bad.check(sum(frames.values()), a.max_bad)
@@ -638,7 +659,8 @@ def run(a, recipe):
     stop = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, _: stop.append(n))
-    r = Run(a, team, device, model, teacher, step_module, optimizer, accumulate, bad, frames, stop)
+    r = Run(a, team, device, model, teacher, step_module, optimizer, accumulate, bad, frames,
+            made_of, stop)
     mixture = batches(a, model, teacher, synthetic, real, device)
     done = train(r, iter(loader(r, mixture, first)), held_out, first)
     if team.size > 1:
@@ -684,7 +706,8 @@ def main(argv=None):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except torch.OutOfMemoryError:
-        print("error: out of memory; lower --micro, or add --checkpointing", file=sys.stderr)
+        print("error: out of memory; add --checkpointing, which a run may also --resume with, or "
+              "start with a smaller --micro", file=sys.stderr)
     except OSError as error:
         print(f"error: {error.filename or '--out'}: {error.strerror or error}", file=sys.stderr)
     except KeyboardInterrupt:

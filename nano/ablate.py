@@ -84,7 +84,7 @@ def train_and_score(name, seed, a):
         train_one(out, seed, flags, a)
     model, line = FiffDepth.from_pretrained(out), {
         "of": a.of, "variant": name, "seed": seed, "steps": a.steps,
-        "seconds_a_step": round(seconds_a_step(out), 3)}
+        "seconds_a_step": round(seconds_a_step(out), 3), "workers": a.workers}
     for style in ("clean", "wild"):
         line[style] = scores_on(model, a.data / style / "test", a.frames)
     with a.lock, open(a.results, "a") as file:
@@ -184,14 +184,11 @@ def results(a):
 def report(a):
     """Markdown: the table of variants and sweeps, then a verdict for each claim."""
     lines = results(a)
-    if not lines:
-        raise UserError(f"{a.results} holds no run of these weights and settings (--steps, "
-                        "--frames, --more); train some, without --report")
     names = [name for name in VARIANTS | SWEEPS if any(x["variant"] == name for x in lines)]
     head = [f"{style}: {text}" for style in ("clean", "wild") for text in MEASURES.values()]
-    yield (f"{a.steps} steps a run, {lines[0]['wild']['scored']} scenes of each style, mean ± "
-           f"standard deviation over seeds; seconds a step: the fastest seed, {a.workers} runs at "
-           "a time")
+    yield (f"{lines[0]['steps']} steps a run, {lines[0]['wild']['scored']} scenes of each style, "
+           "mean ± standard deviation over seeds; seconds a step: the fastest seed, "
+           f"{lines[0]['workers']} runs at a time")
     yield ""
     yield "| variant | seeds | " + " | ".join(head) + " | seconds a step |"
     yield "|---" * (len(head) + 3) + "|"
@@ -211,6 +208,14 @@ def report(a):
             yield (f"| {claim.text} | {MEASURES[claim.measure]} on {claim.style} | "
                    f"{spread(full, claim.measure)} | {spread(other, claim.measure)} | "
                    f"{verdict(full, other, claim.measure in LOWER_IS_BETTER)} |")
+
+
+def last_experiment(file):
+    """The identity of the newest run in the results."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    if not lines:
+        raise UserError(f"{file} holds no runs; first: python nano/ablate.py")
+    return json.loads(lines[-1])["of"]
 
 
 def values(lines, name, style, measure):
@@ -258,7 +263,8 @@ def main(argv=None):
     add("--results", type=Path, default=HERE / "ablation.jsonl", help="a line a run")
     add("--more", default="", metavar="FLAGS",
         help='further flags of every train.py: --more="--lr 1e-3 --no_flip"')
-    add("--report", action="store_true", help="train nothing")
+    add("--report", action="store_true",
+        help="train nothing; the tables of the last experiment in --results")
     a = parser.parse_args(argv)
     for name in a.variants:
         if name not in VARIANTS | SWEEPS:
@@ -266,12 +272,14 @@ def main(argv=None):
     if min(a.seeds, a.steps, a.frames, a.workers) < 1:
         parser.error("--seeds, --steps, --frames and --workers are at least 1")
     try:
-        a.of, a.lock, a.children = identity(a), threading.Lock(), []
-        a.work = a.work / a.of
-        a.work.mkdir(parents=True, exist_ok=True)
-        a.results.parent.mkdir(parents=True, exist_ok=True)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        if not a.report:
+        if a.report:
+            a.of = last_experiment(a.results)
+        else:
+            a.of, a.lock, a.children = identity(a), threading.Lock(), []
+            a.work = a.work / a.of
+            a.work.mkdir(parents=True, exist_ok=True)
+            a.results.parent.mkdir(parents=True, exist_ok=True)
             run_all(a.variants, a)
         print("\n".join(report(a)))
     except (UserError, BadFrame, OSError) as error:

@@ -6,8 +6,8 @@
 Each figure is one function; nothing here is needed to understand the paper.
 """
 import argparse
-import json
 import sys
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +30,16 @@ class World:
         self.a = a
         self.model = FiffDepth.from_pretrained(a.checkpoint)
         self.teacher = Teacher.from_pretrained(a.teacher)
-        self.frames = FrameSet("nano", a.data / "wild/test")
-        self.shown = range(min(a.rows, len(self.frames)))
         if self.model.info["target"] != "disparity":
             raise UserError(f"{a.checkpoint} predicts depth; the figures are drawn of disparity")
+
+    @cached_property
+    def frames(self):
+        return FrameSet("nano", self.a.data / "wild/test")
+
+    @property
+    def shown(self):
+        return range(min(self.a.rows, len(self.frames)))
 
     def maps(self, i):
         """Frame i -> rgb uint8 [H, W, 3], and maps [H, W] in [-1, 1]:
@@ -99,12 +105,10 @@ def trajectory(w):
     x0, d0 = model.encode(sample.rgb[None]), model.encode(sample.depth[None])
     eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     times, rows, gammas = (None, 100, 300, 500, 700, 999), [], (1.0, 0.5, 0.0)
-    shift = model.vae.config.get("shift_factor") or 0
     for gamma in gammas:
         b0 = blend(x0, d0, gamma)
         row = [b0 if t is None else add_noise(b0, eps, model.alphas_cumprod[t]) for t in times]
-        decoded = [model.vae.decode(b / model.vae.config.scaling_factor + shift).sample[0]
-                   for b in row]
+        decoded = [model.decode_image(b)[0] for b in row]
         rows.append([((p.clamp(-1, 1).permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
                      for p in decoded])
     return sheet(rows, ["b_0" if t is None else f"b_t, t = {t}" for t in times],
@@ -149,12 +153,9 @@ def radial_power(values):
 
 def ablation(w):
     """Fig. 7: d_0 of every variant that nano/ablate.py trained last, seed 0, and the truth."""
-    from ablate import VARIANTS
+    from ablate import VARIANTS, last_experiment
 
-    lines = w.a.results.read_text().splitlines() if w.a.results.exists() else []
-    if not lines:
-        raise UserError(f"{w.a.results} holds no runs; first: python nano/ablate.py")
-    runs = w.a.runs / json.loads(lines[-1])["of"]
+    runs = w.a.runs / last_experiment(w.a.results)
     rows, names = [[w.frames.read(i)[0] for i in w.shown]], ["picture"]
     for name in VARIANTS:
         model = FiffDepth.from_pretrained(runs / f"{name.replace(' ', '_')}_0")

@@ -45,8 +45,7 @@ RECIPE = {"steps": 3000, "batch": 64, "micro": 16, "lr": 1e-3, "lr_end": 0.02, "
 def load_frames(folder, depth, count):
     """A small-world folder -> rgb uint8 [N, 3, H, W], and normalised disparity float16
     [N, 1, H, W] or None."""
-    frames = FrameSet("nano" if depth else "photos", folder,
-                      size=None if depth else first_size(folder))
+    frames = FrameSet("nano" if depth else "photos", folder)
     indices = range(min(count, len(frames)))
     with ThreadPoolExecutor() as pool:
         samples = list(tqdm(pool.map(lambda i: compact(frames.sample(i, False)), indices),
@@ -54,13 +53,6 @@ def load_frames(folder, depth, count):
                             desc=f"reading {folder.parent.name}/{folder.name}"))
     return (torch.stack([s[0] for s in samples]),
             torch.stack([s[1] for s in samples]) if depth else None)
-
-
-def first_size(folder):
-    first = next(iter(sorted(folder.glob("rgb_*.png"))), None)
-    if first is None:
-        raise UserError(f"{folder} holds no frames; python nano/scenes.py makes them")
-    return Image.open(first).size[::-1]
 
 
 def compact(sample):
@@ -75,7 +67,8 @@ def to_float(rgb):
 
 def fit(stage, net, loss_of, a, data):
     """Trains net on the terms of loss_of(generator, batch) with AdamW, a short warm-up and a cosine
-    to zero; resumable -> minutes.
+    to zero; resumable -> minutes. With more steps than a finished run had, it goes on, on the
+    second half of a longer cosine.
 
     data  tells apart what it is trained on: a state made from other data must not go on
     """
@@ -87,7 +80,7 @@ def fit(stage, net, loss_of, a, data):
     first, spent = 0, 0.0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
-        if state.get("of") != of or state["net"].keys() != net.state_dict().keys():
+        if state.get("of") != of or shapes(state["net"]) != shapes(net.state_dict()):
             raise UserError(f"{state_file} is of other data, another network or other flags; "
                             "remove it to start this stage again")
         net.load_state_dict(state["net"])
@@ -137,6 +130,10 @@ def fit(stage, net, loss_of, a, data):
             save(step + 1)
             saved = time.time()
     return save(steps)
+
+
+def shapes(state):
+    return {name: value.shape for name, value in state.items()}
 
 
 # ---------------------------------------------------------------- (a) the autoencoder
@@ -204,6 +201,14 @@ def read_vae(folder):
     return load_vae(str(folder), None, {"low_cpu_mem_usage": False})
 
 
+def best_vae(a):
+    """With the decoder that train_decoder made, if it made one for these latents."""
+    vae, tuned = read_vae(a.work / "vae"), a.work / "vae_tuned"
+    if tuned.exists() and latent_space(read_vae(tuned)) == latent_space(vae):
+        return read_vae(tuned)
+    return vae
+
+
 def train_decoder(a):
     """The decoder alone, on whole frames, disparity maps mostly, from latents without noise.
     Latents stay as they are, so this may come before, beside or after the generator (Stable
@@ -223,7 +228,7 @@ def train_decoder(a):
 
     minutes = fit("decoder", vae.decoder, loss_of, a,
                   [latent_space(vae), len(maps[0]), len(maps[1])])
-    vae.eval().save_pretrained(a.work / "vae")
+    vae.eval().save_pretrained(a.work / "vae_tuned")
     card(a, "decoder", minutes, a.decoder_steps, vae.decoder, round_trip(vae, a))
     made = a.out / "generator/vae"
     if made.exists() and latent_space(read_vae(made).half()) == latent_space(vae.half()):
@@ -266,19 +271,19 @@ def held_out_scores(predict, a, n=256):
 
 
 def new_unet(prompt_width=32):
-    """UNet of Stable Diffusion's class, 3.4 million parameters: attention only at the coarsest
+    """UNet of Stable Diffusion's class, 3.3 million parameters: attention only at the coarsest
     level and with one head, for many small heads halve the speed of a CPU."""
     return UNet2DConditionModel(
-        in_channels=CHANNELS, out_channels=CHANNELS, block_out_channels=(64, 96, 96),
+        in_channels=CHANNELS, out_channels=CHANNELS, block_out_channels=(64, 88, 96),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-        attention_head_dim=1, cross_attention_dim=prompt_width, norm_num_groups=16,
+        attention_head_dim=1, cross_attention_dim=prompt_width, norm_num_groups=8,
         use_linear_projection=True)
 
 
 def new_generator(a):
-    vae = read_vae(a.work / "vae")
+    vae = best_vae(a)
     # two tokens that mean nothing
     prompt = torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(0))
     info = {"target": "disparity", "size": 128, "base": "nano/pretrain.py", "flags": {}}
@@ -302,7 +307,7 @@ def train_generator(a):
         return {"v": F.mse_loss(v.float(), velocity(x0, eps, a_bar))}
 
     minutes = fit("generator", model.unet, loss_of, a, [latent_space(model.vae), len(latents)])
-    model.vae = read_vae(a.work / "vae")  # its decoder may have been trained meanwhile
+    model.vae = best_vae(a)  # its decoder may have been trained meanwhile
     model.save_pretrained(a.out / "generator", torch.float16)
     (a.out / "generator/recipe.json").write_text(json.dumps(RECIPE, indent=1) + "\n")
     log = [json.loads(line)["v"] for line in (a.work / "generator.jsonl").read_text().splitlines()]
@@ -330,12 +335,13 @@ def latent_store(a, model):
 @torch.no_grad()
 def samples(a, model, n=32, steps=50):
     """Draws pictures from noise: does the generator know its world? -> assets/samples.png"""
-    sampler = DDIMScheduler.from_config(model.scheduler.config)
+    # offset 1: it ends at t = 1, for t = 0 is Eq. 1's and was never trained
+    sampler = DDIMScheduler.from_config(model.scheduler.config, steps_offset=1)
     sampler.set_timesteps(steps)
     x = torch.randn(n, CHANNELS, 16, 16, generator=torch.Generator().manual_seed(1))
     for t in tqdm(sampler.timesteps, desc="sampling"):
         x = sampler.step(model.eps_hat(x, t), t, x).prev_sample
-    rgb = model.vae.decode(x / model.vae.config.scaling_factor).sample.clamp(-1, 1)
+    rgb = model.decode_image(x).clamp(-1, 1)
     a.assets.mkdir(exist_ok=True, parents=True)
     save_sheet([torch.cat(list(row), 2) for row in rgb.split(8)], a.assets / "samples.png")
 
@@ -439,7 +445,8 @@ def ship(a):
     last = {k: v for k, v in log[-1].items() if k.startswith("val_")}
     n = model.info["processes"]
     command = f"torchrun --nproc_per_node {n} train.py" if n > 1 else "python train.py"
-    card(a, "fiffdepth", minutes, len(steps), model.unet, last, command)
+    card(a, "fiffdepth", minutes, len(steps), model.unet, last, command,
+         model.info["flags"]["seed"])
     a.assets.mkdir(exist_ok=True, parents=True)
     for sheet in sorted(run.glob("preview_*.png"))[-1:]:
         Image.open(sheet).save(a.assets / "preview.png")
@@ -448,14 +455,15 @@ def ship(a):
 # ---------------------------------------------------------------- the command
 
 
-def card(a, stage, minutes, steps, net, scores, command=None):
+def card(a, stage, minutes, steps, net, scores, command=None, seed=0):
     """Adds a stage to nano/weights/card.json: how it was made and what came out."""
     flags = {k: v for k, v in vars(a).items() if k.startswith(f"{stage}_")}
+    changed = "".join(f" --{k} {v}" for k, v in flags.items() if v != a.defaults[k])
     file = a.out / "card.json"
     a.out.mkdir(parents=True, exist_ok=True)
     cards = json.loads(file.read_text()) if file.exists() else {}
-    cards[stage] = {"command": command or f"python nano/pretrain.py {stage}", "steps": steps,
-                    "seed": 0, "minutes": round(minutes, 1),
+    cards[stage] = {"command": command or f"python nano/pretrain.py {stage}{changed}",
+                    "steps": steps, "seed": seed, "minutes": round(minutes, 1),
                     "parameters": sum(p.numel() for p in net.parameters()), **flags, **scores}
     file.write_text(json.dumps(cards, indent=1) + "\n")
     print(stage, cards[stage])
@@ -476,7 +484,7 @@ def main(argv=None):
         help="where the generator's samples are drawn")
     for stage, steps, batch, lr, frames in (("vae", 8000, 8, 1e-3, 8000),
                                             ("decoder", 1000, 8, 4e-4, 8000),
-                                            ("generator", 4000, 64, 1e-3, 12000),
+                                            ("generator", 6000, 64, 1e-3, 12000),
                                             ("teacher", 11000, 64, 1.5e-3, 32000)):
         add(f"--{stage}_steps", type=int, default=steps, help="optimiser steps")
         add(f"--{stage}_batch", type=int, default=batch, help="pictures a step")
@@ -485,6 +493,7 @@ def main(argv=None):
     add("--teacher_blur", type=float, default=1.5,
         help="sigma, in pixels, of the blur of the teacher's targets")
     a = parser.parse_args(argv)
+    a.defaults = vars(parser.parse_args([]))
     for stage in a.stages:
         if stage not in (*STAGES, "ship"):
             parser.error(f"unknown stage {stage}: choose from {', '.join(STAGES)}, ship")
