@@ -35,7 +35,7 @@ from train import cut_log, latent_space, save_sheet  # noqa: E402
 CHANNELS = 32  # of the latent space
 STAGES = ("vae", "decoder", "generator", "teacher")
 # What suits so small a generator; train.py reads it beside the weights, flags of its own win.
-RECIPE = {"steps": 3000, "batch": 64, "micro": 16, "lr": 1e-3, "lr_end": 0.02, "no_flip": True,
+RECIPE = {"steps": 3500, "batch": 64, "micro": 16, "lr": 1e-3, "lr_end": 0.02, "no_flip": True,
           "cache": "runs/cache", "save_every": 100, "val_every": 500}
 
 
@@ -48,14 +48,19 @@ def load_frames(folder, depth, count):
     frames = FrameSet("nano" if depth else "photos", folder)
     indices = range(min(count, len(frames)))
     with ThreadPoolExecutor() as pool:
-        samples = list(tqdm(pool.map(lambda i: compact(frames.sample(i, False)), indices),
+        samples = list(tqdm(pool.map(lambda i: compact(frames, i), indices),
                             total=len(indices),
                             desc=f"reading {folder.parent.name}/{folder.name}"))
     return (torch.stack([s[0] for s in samples]),
             torch.stack([s[1] for s in samples]) if depth else None)
 
 
-def compact(sample):
+def compact(frames, i):
+    try:
+        sample = frames.sample(i, False)
+    except BadFrame as error:
+        raise UserError(f"{frames.path / frames.frames[i].rgb}: {error}; remove it and its depth, "
+                        "and nano/scenes.py renders it again") from None
     rgb = ((sample.rgb + 1) * 127.5).round().to(torch.uint8)
     return rgb, None if sample.depth is None else sample.depth[:1].half()
 
@@ -77,18 +82,10 @@ def fit(stage, net, loss_of, a, data):
     a.work.mkdir(parents=True, exist_ok=True)
     of = json.dumps([batch, lr, data])
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    first, spent = 0, 0.0
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        if state.get("of") != of or shapes(state["net"]) != shapes(net.state_dict()):
-            raise UserError(f"{state_file} is of other data, another network or other flags; "
-                            "remove it to start this stage again")
-        net.load_state_dict(state["net"])
-        optimizer.load_state_dict(state["optimizer"])
-        first, spent = state["step"], state["minutes"]
-        if first > steps:
-            raise UserError(f"{state_file} is at step {first}, past --{stage}_steps {steps}; "
-                            "remove it to start this stage again")
+    first, spent = restore(state_file, of, net, optimizer)
+    if first > steps:
+        raise UserError(f"{state_file} is at step {first}, past --{stage}_steps {steps}; "
+                        "remove it to start this stage again")
     cut_log(log, first)
 
     def save(step):
@@ -130,6 +127,19 @@ def fit(stage, net, loss_of, a, data):
             save(step + 1)
             saved = time.time()
     return save(steps)
+
+
+def restore(state_file, of, net, optimizer):
+    """Loads net and optimizer from where a stage was left -> step and minutes so far."""
+    if not state_file.exists():
+        return 0, 0.0
+    state = torch.load(state_file, weights_only=True)
+    if state.get("of") != of or shapes(state["net"]) != shapes(net.state_dict()):
+        raise UserError(f"{state_file} is of other data, another network or other flags; "
+                        "remove it to start this stage again")
+    net.load_state_dict(state["net"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], state["minutes"]
 
 
 def shapes(state):
@@ -485,7 +495,7 @@ def main(argv=None):
     for stage, steps, batch, lr, frames in (("vae", 8000, 8, 1e-3, 8000),
                                             ("decoder", 1000, 8, 4e-4, 8000),
                                             ("generator", 6000, 64, 1e-3, 12000),
-                                            ("teacher", 11000, 64, 1.5e-3, 32000)):
+                                            ("teacher", 20000, 64, 1.5e-3, 32000)):
         add(f"--{stage}_steps", type=int, default=steps, help="optimiser steps")
         add(f"--{stage}_batch", type=int, default=batch, help="pictures a step")
         add(f"--{stage}_lr", type=float, default=lr, help="peak learning rate")
