@@ -455,6 +455,11 @@ def test_train_terms_by_hand_and_ablations():
     assert "k" not in training_step(model, z, eps, t, _flags(lambda_k=0.0))
     none = training_step(model, z._replace(real_x0=None, dm1_star=None), eps, t, _flags())
     assert set(none) == {"mae_0", "gm_0", "k"}
+    hiss = torch.full_like(z.real_x0, 0.3)  # the filter alone sees it
+    noisy = training_step(model, z, eps, t, _flags(), hiss)
+    assert {k for k in terms if not torch.equal(terms[k], noisy[k])} == {"mae_m1", "gm_m1"}
+    seen = model.filter(model.predict(z.real_x0) + hiss)
+    assert torch.allclose(noisy["mae_m1"], mae(seen, z.dm1_star))
     image_only = training_step(model, z, eps, t, _flags(gamma=1.0))["k"]
     v = a.sqrt() * eps - (1 - a).sqrt() * z.x0
     torch.testing.assert_close(

@@ -81,6 +81,8 @@ def flags():
     add("--lambda_k", 0.2, "weight of Eq. 3 in Eq. 7; 0 = ablation: no trajectory")
     add("--no_teacher", False, "ablation: no real data and no pseudo-labels (Sec. 3.3)", **switch)
     add("--teacher_at_d0", False, "ablation: pseudo-labels act on d_0 itself (Sec. 3.3)", **switch)
+    add("--filter_noise", 0.0, "standard deviation of noise on d_0 before the filter of Eq. 4, so "
+        "that nothing can hide there; ours, 0 = the paper")
     add("--target", "disparity", "space of all labels; depth is the paper-literal one (Sec. 3.1)",
         choices=["disparity", "depth"])
     # the optimisation; the paper gives the half-and-half batch, the rest is ours
@@ -151,7 +153,7 @@ def stored_flags(out, given):
 def check_flags(a):
     lowest = {"steps": 1, "micro": 1, "batch": 1, "save_every": 1, "val_frames": 1, "val_every": 0,
               "warmup": 0, "workers": 0, "seed": 0, "lr": 0, "lr_end": 0, "weight_decay": 0,
-              "max_bad": 0, "clip": 1e-9, "lambda_k": 0, "lambda_mae": 0, "lambda_gm": 0}
+              "max_bad": 0, "filter_noise": 0, "clip": 1e-9, "lambda_k": 0, "lambda_mae": 0, "lambda_gm": 0}
     for name, low in lowest.items():
         if not getattr(a, name) >= low:
             raise UserError(f"--{name} {getattr(a, name)}: must be at least {low}")
@@ -172,11 +174,14 @@ class Latents(NamedTuple):
     dm1_star: torch.Tensor | None  # [B, C, h', w'] the teacher's labels
 
 
-def training_step(model, z, eps, t, a):
+def training_step(model, z, eps, t, a, hiss=None):
     """One micro-batch -> the five terms of Eq. 7, already weighted; their sum is the loss.
 
     z Latents; eps [B, C, h, w] normal noise; t [B] in 1..T−1
     a the flags gamma, lambda_mae, lambda_gm, lambda_k, teacher_at_d0
+    hiss None, as in the paper, or [B, C, h', w'], faint noise on what the filter sees: d_0 could
+        carry the teacher's correction in directions of the latent that the decoder does not show,
+        and the filter would find it there; in noise nothing can hide
     """
     a_bar = model.alpha_bar(t)
     b0 = blend(z.x0, z.d0_star, a.gamma)  # Eq. 2
@@ -190,7 +195,8 @@ def training_step(model, z, eps, t, a):
     if v_hat is not None:
         terms["k"] = a.lambda_k * trajectory_loss(v_hat, b0, eps, a_bar)
     if real_d0 is not None:
-        dm1 = real_d0 if a.teacher_at_d0 else model.filter(real_d0)  # Eq. 4; no detach
+        seen = real_d0 if hiss is None else real_d0 + hiss
+        dm1 = real_d0 if a.teacher_at_d0 else model.filter(seen)  # Eq. 4; no detach
         terms["mae_m1"] = a.lambda_mae * mae(dm1, z.dm1_star)
         terms["gm_m1"] = a.lambda_gm * gradient_matching(dm1, z.dm1_star)
     return terms
@@ -220,8 +226,8 @@ class Step(nn.Module):
         super().__init__()
         self.model, self.a = model, a
 
-    def forward(self, z, eps, t):
-        return training_step(self.model, z, eps, t, self.a)
+    def forward(self, z, eps, t, hiss):
+        return training_step(self.model, z, eps, t, self.a, hiss)
 
 
 def lr_at(step, a):
@@ -528,13 +534,16 @@ def micro_batch(r, loader):
     return to_latents(r.model, r.teacher, batch, r.a.target), names
 
 
-def draws(r, m, like):
-    """ε and t of micro-batch m, drawn on the CPU from (seed, m) alone, so that neither a resume nor
-    another device or number of processes changes them."""
+def draws(r, m, z):
+    """ε, t and hiss of micro-batch m, drawn on the CPU from (seed, m) alone, so that neither a
+    resume nor another device or number of processes changes them."""
     g = torch.Generator().manual_seed(r.a.seed * 1_000_000_007 + m)
-    eps = torch.randn(like.shape, generator=g)
-    t = torch.randint(1, len(r.model.alphas_cumprod), (len(like),), generator=g)
-    return eps.to(like.device), t.to(like.device)
+    eps = torch.randn(z.x0.shape, generator=g)
+    t = torch.randint(1, len(r.model.alphas_cumprod), (len(z.x0),), generator=g)
+    hiss = None
+    if r.a.filter_noise and z.real_x0 is not None:
+        hiss = (r.a.filter_noise * torch.randn(z.real_x0.shape, generator=g)).to(r.device)
+    return eps.to(r.device), t.to(r.device), hiss
 
 
 def gradients(r, loader, step):
@@ -549,7 +558,7 @@ def gradients(r, loader, step):
         wait = r.team.size > 1 and i < r.accumulate - 1  # exchange gradients once a step
         with r.step_module.no_sync() if wait else nullcontext():
             with torch.autocast(r.device.type, torch.bfloat16, r.a.dtype == "bfloat16"):
-                terms = r.step_module(z, *draws(r, m, z.x0))
+                terms = r.step_module(z, *draws(r, m, z))
             (sum(terms.values()) / r.accumulate).backward()
         terms = {k: v.item() for k, v in terms.items()}
         culprits += [] if all(map(math.isfinite, terms.values())) else files
