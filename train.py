@@ -153,7 +153,8 @@ def stored_flags(out, given):
 def check_flags(a):
     lowest = {"steps": 1, "micro": 1, "batch": 1, "save_every": 1, "val_frames": 1, "val_every": 0,
               "warmup": 0, "workers": 0, "seed": 0, "lr": 0, "lr_end": 0, "weight_decay": 0,
-              "max_bad": 0, "filter_noise": 0, "clip": 1e-9, "lambda_k": 0, "lambda_mae": 0, "lambda_gm": 0}
+              "max_bad": 0, "clip": 1e-9, "lambda_k": 0, "lambda_mae": 0, "lambda_gm": 0,
+              "filter_noise": 0}
     for name, low in lowest.items():
         if not getattr(a, name) >= low:
             raise UserError(f"--{name} {getattr(a, name)}: must be at least {low}")

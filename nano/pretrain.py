@@ -410,7 +410,7 @@ def train_teacher(a):
         return {"relative": ((out - target).abs() * weight).mean(),
                 "edges": gradient_matching(out, target)}
 
-    minutes = fit("teacher", teacher.net, loss_of, a, [a.teacher_blur])  # may go on with more frames
+    minutes = fit("teacher", teacher.net, loss_of, a, [a.teacher_blur])  # may go on with more data
     teacher.net.eval().half().save_pretrained(a.out / "teacher")
     (a.out / "teacher/preprocessor_config.json").write_text(
         json.dumps(teacher.config, indent=1) + "\n")
