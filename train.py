@@ -180,7 +180,7 @@ def training_step(model, z, eps, t, a, hiss=None):
 
     z Latents; eps [B, C, h, w] normal noise; t [B] in 1..T−1
     a the flags gamma, lambda_mae, lambda_gm, lambda_k, teacher_at_d0
-    hiss None, as in the paper, or [B, C, h', w'], faint noise on what the filter sees: d_0 could
+    hiss None, as in the paper, or [B, C, h', w'], noise on what the filter sees: d_0 could
         carry the teacher's correction in directions of the latent that the decoder does not show,
         and the filter would find it there; in noise nothing can hide
     """
