@@ -70,6 +70,11 @@ def grey(values, white):
     return (shade * 255 + 0.5).astype(np.uint8)[..., None].repeat(3, -1)
 
 
+def pixels(image):
+    """[3, H, W] in about [-1, 1] -> uint8 [H, W, 3]"""
+    return ((image.clamp(-1, 1).permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
+
+
 def sheet(rows, heads, scale=1, left=()):
     """Rows of uint8 [H, W, 3] of one size -> a picture with a head over each column, and with names
     at the left of the rows if there are any."""
@@ -108,9 +113,7 @@ def trajectory(w):
     for gamma in gammas:
         b0 = blend(x0, d0, gamma)
         row = [b0 if t is None else add_noise(b0, eps, model.alphas_cumprod[t]) for t in times]
-        decoded = [model.decode_image(b)[0] for b in row]
-        rows.append([((p.clamp(-1, 1).permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
-                     for p in decoded])
+        rows.append([pixels(model.decode_image(b)[0]) for b in row])
     return sheet(rows, ["b_0" if t is None else f"b_t, t = {t}" for t in times],
                  left=[f"gamma {g:g}" for g in gammas])
 
@@ -215,8 +218,7 @@ def photos(w):
     for i in range(len(frames)):
         rgb = frames.sample(i, False).rgb
         d0, _, label = w.predictions(rgb)
-        rows.append([((rgb.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy(),
-                     *(colorize(m, "disparity") for m in (d0, label))])
+        rows.append([pixels(rgb), *(colorize(m, "disparity") for m in (d0, label))])
     return sheet(rows, ("picture", "d_0", "teacher"))
 
 

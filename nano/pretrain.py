@@ -1,6 +1,6 @@
 """From nothing to what the paper takes for granted: an autoencoder, a generator and a teacher.
 
-    python nano/pretrain.py                    # all four stages; 155 minutes on one core
+    python nano/pretrain.py                    # all four stages; some three hours on one core
     python nano/pretrain.py teacher --teacher_steps 500
 
 Each stage is a function; each writes its state every two minutes to --work and goes on from there
@@ -73,7 +73,7 @@ def to_float(rgb):
 def fit(stage, net, loss_of, a, data):
     """Trains net on the terms of loss_of(generator, batch) with AdamW, a short warm-up and a cosine
     to zero; resumable -> minutes. With more steps than a finished run had, it goes on, on the
-    second half of a longer cosine.
+    rest of a longer cosine.
 
     data  tells apart what it is trained on: a state made from other data must not go on
     """
@@ -213,10 +213,9 @@ def read_vae(folder):
 
 def best_vae(a):
     """With the decoder that train_decoder made, if it made one for these latents."""
-    vae, tuned = read_vae(a.work / "vae"), a.work / "vae_tuned"
-    if tuned.exists() and latent_space(read_vae(tuned)) == latent_space(vae):
-        return read_vae(tuned)
-    return vae
+    vae, folder = read_vae(a.work / "vae"), a.work / "vae_tuned"
+    tuned = read_vae(folder) if folder.exists() else vae
+    return tuned if latent_space(tuned) == latent_space(vae) else vae
 
 
 def train_decoder(a):
