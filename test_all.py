@@ -1264,6 +1264,52 @@ def test_train_resumes_bit_equal_after_kill_minus_nine(tiny, finished, tmp_path)
     assert _equal_states(_state(out), _state(finished)) and _log(out) == _log(finished)
 
 
+def test_train_muon_steps_matrices_by_equal_amounts_and_the_rest_by_adamw():
+    from train import Muon
+
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.GroupNorm(2, 8),
+                              torch.nn.Conv2d(8, 4, 1))
+    before = [p.detach().clone() for p in net.parameters()]
+    net(torch.randn(2, 3, 6, 6)).square().mean().backward()
+    optimizer = Muon(net.parameters(), lr=0.01, weight_decay=0.5, fused=False)
+    optimizer.step()
+    rest = [p.clone().requires_grad_() for p in before if p.ndim == 1]
+    for p, q in zip(rest, [q for q in net.parameters() if q.ndim == 1]):
+        p.grad = q.grad
+    torch.optim.AdamW(rest, lr=0.01, weight_decay=0.5).step()
+    for old, new in zip(before, net.parameters()):
+        if old.ndim == 1:
+            assert torch.equal(new, rest.pop(0))
+            continue
+        update = (new - old * (1 - 0.01 * 0.5)).flatten(1) / (0.2 * max(old.flatten(1).shape) ** 0.5)
+        values = torch.linalg.svdvals(update) / 0.01
+        assert 0.5 < values.min() and values.max() < 1.3  # the same in every direction, roughly
+        assert (update * new.grad.flatten(1)).sum() < 0
+
+
+def test_train_resumes_bit_equal_with_muon(tiny, tmp_path, monkeypatch):
+    import train
+
+    assert _train(*_command(tiny, tmp_path / "a", "--optimizer", "muon")) == 0
+    whole, gradients = tmp_path / "b", train.gradients
+
+    def stop_at_third(r, loader, step):
+        if step == 2:
+            raise UserError("stopped")
+        return gradients(r, loader, step)
+
+    monkeypatch.setattr(train, "gradients", stop_at_third)
+    assert _train(*_command(tiny, whole, "--optimizer", "muon")) == 2
+    assert _state(whole)["step"] == 2
+    monkeypatch.setattr(train, "gradients", gradients)
+    assert _train("--resume", "--out", str(whole)) == 0
+    assert _equal_states(_state(tmp_path / "a"), _state(whole))
+    adamw = _command(tiny, tmp_path / "c")
+    assert _train(*adamw) == 0
+    assert not _equal_states(_state(tmp_path / "c")["unet"], _state(whole)["unet"])
+
+
 def test_train_with_a_cache_is_bit_equal_to_itself_resumed(tiny, tmp_path):
     arguments = _command(tiny, tmp_path / "a", "--cache", str(tmp_path / "cache"), steps=3)
     assert _train(*arguments) == 0
@@ -2848,6 +2894,10 @@ def test_nano_ablate_trains_scores_and_skips_what_is_done(small_world, tmp_path,
     assert "| full | 1 |" in shown and "2 steps a run, 2 scenes" in shown and "2 runs at" in shown
     with pytest.raises(SystemExit, match="none.jsonl holds no runs; first: python nano/ablate.py"):
         ablate.main(["--report", "--results", str(tmp_path / "none.jsonl")])
+    with open(tmp_path / "r.jsonl", "a") as file:
+        file.write('{"of": "cut sho')
+    with pytest.raises(SystemExit, match="r.jsonl, line 2: damaged; remove this line"):
+        ablate.main(["--report", "--results", str(tmp_path / "r.jsonl")])
 
 
 def test_nano_ablate_a_run_that_fails_is_one_sentence(small_world, tmp_path):
@@ -2859,6 +2909,16 @@ def test_nano_ablate_a_run_that_fails_is_one_sentence(small_world, tmp_path):
         ablate.main(["full", "--seeds", "1", "--data", str(tmp_path), "--base",
                      str(small_world / "base"), "--teacher", str(small_world / "teacher"),
                      "--work", str(tmp_path / "work"), "--results", str(tmp_path / "r.jsonl")])
+
+
+def test_nano_ablate_names_a_held_out_frame_it_cannot_read(tiny, tmp_path):
+    sys.path.insert(0, str(HERE / "nano"))
+    from ablate import scores_on
+
+    _nano(tmp_path, 2)
+    (tmp_path / "rgb_00001.png").write_bytes(b"")
+    with pytest.raises(UserError, match="rgb_00001.png: "):
+        scores_on(FiffDepth.from_pretrained(tiny / "base"), tmp_path, 2)
 
 
 def test_nano_ablate_verdicts_go_by_the_spread():

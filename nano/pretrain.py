@@ -1,6 +1,6 @@
 """From nothing to what the paper takes for granted: an autoencoder, a generator and a teacher.
 
-    python nano/pretrain.py                    # all four stages; some three hours on one core
+    python nano/pretrain.py                    # all four stages; some four hours on one core
     python nano/pretrain.py teacher --teacher_steps 500
 
 Each stage is a function; each writes its state every two minutes to --work and goes on from there
@@ -494,7 +494,7 @@ def main(argv=None):
     for stage, steps, batch, lr, frames in (("vae", 8000, 8, 1e-3, 8000),
                                             ("decoder", 1000, 8, 4e-4, 8000),
                                             ("generator", 6000, 64, 1e-3, 12000),
-                                            ("teacher", 20000, 64, 1.5e-3, 32000)):
+                                            ("teacher", 32000, 64, 1.5e-3, 64000)):
         add(f"--{stage}_steps", type=int, default=steps, help="optimiser steps")
         add(f"--{stage}_batch", type=int, default=batch, help="pictures a step")
         add(f"--{stage}_lr", type=float, default=lr, help="peak learning rate")

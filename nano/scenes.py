@@ -1,6 +1,6 @@
 """The small world: ray-cast rooms and yards with exact depth, in numpy.
 
-    python nano/scenes.py            # nano/data: 52,576 frames of 128x128, on all cores
+    python nano/scenes.py            # nano/data: 108,576 frames of 128x128, on all cores
     python nano/scenes.py OUT --clean 500 --wild 500 --labelled 0 --test 64 --size 96
 
 Two styles with a real gap between them, in the roles of the paper's two kinds of data (Sec. 4.1):
@@ -667,11 +667,11 @@ def main(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("out", nargs="?", type=Path, default=Path(__file__).parent / "data",
                         help="folder to write; existing frames are kept")
-    parser.add_argument("--clean", type=int, default=8000,
+    parser.add_argument("--clean", type=int, default=24000,
                         help="frames of clean/train (image and depth): the synthetic set")
-    parser.add_argument("--wild", type=int, default=12000,
+    parser.add_argument("--wild", type=int, default=20000,
                         help="frames of wild/train (images only): the real set")
-    parser.add_argument("--labelled", type=int, default=32000,
+    parser.add_argument("--labelled", type=int, default=64000,
                         help="frames of wild/labelled (image and depth): "
                              "for the teacher and the autoencoder; train.py never sees them")
     parser.add_argument("--test", type=int, default=256,
