@@ -1434,7 +1434,8 @@ def test_train_help_shows_defaults_and_a_recipe_is_checked(tiny, tmp_path, capsy
     command = _command(tiny, tmp_path / "run")
     command[command.index("--base") + 1] = str(tmp_path / "base")
     for recipe, sentence in (('{"stepps": 3}', "stepps 3 is no flag"),
-                             ('{"gamma": "0.5"}', "gamma '0.5' is no flag"), ("{", "is damaged")):
+                             ('{"gamma": "0.5"}', "gamma '0.5' is no flag"), ("{", "is damaged"),
+                             ('{"optimizer": "sgd"}', "optimizer 'sgd' is no flag")):
         (tmp_path / "base/recipe.json").write_text(recipe)
         assert _train(*command) == 2
         error = capsys.readouterr().err

@@ -127,12 +127,14 @@ def read_flags(argv):
         stored = stored_flags(a["out"], given)
         here = {"out": a["out"]}  # the folder may have been moved since
         return check_flags(argparse.Namespace(**(usual | stored | given | here))), []
+    words = {action.dest: action.choices for action in parser._actions if action.choices}
     file = Path(a["base"]) / "recipe.json"  # what suits a small generator, e.g. its learning rate
     recipe = read_json(file) if file.exists() else {}
     for name, value in recipe.items():
         kinds = (str, list) if usual.get(name) is None else (int, type(usual[name]))
-        if name not in usual or not isinstance(value, kinds):
-            raise UserError(f"{file}: {name} {value!r} is no flag of train.py, or of another type")
+        if (name not in usual or not isinstance(value, kinds)
+                or name in words and value not in words[name]):
+            raise UserError(f"{file}: {name} {value!r} is no flag of train.py, or no value of it")
     recipe = {k: v for k, v in recipe.items() if k not in given}
     if "data" not in given and "val" not in given:
         a["val"] = [f"nano={HERE}/nano/data/wild/val"]

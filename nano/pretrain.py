@@ -35,8 +35,9 @@ from train import cut_log, latent_space, save_sheet  # noqa: E402
 CHANNELS = 32  # of the latent space
 STAGES = ("vae", "decoder", "generator", "teacher")
 # What suits so small a generator; train.py reads it beside the weights, flags of its own win.
-RECIPE = {"steps": 3500, "batch": 64, "micro": 16, "lr": 1e-3, "lr_end": 0.02, "no_flip": True,
-          "cache": "runs/cache", "save_every": 100, "val_every": 500}
+RECIPE = {"steps": 8500, "batch": 64, "micro": 16, "optimizer": "muon", "lr": 4e-3, "lr_end": 0.02,
+          "filter_noise": 0.5, "no_flip": True, "cache": "runs/cache", "save_every": 100,
+          "val_every": 500}
 
 
 # ---------------------------------------------------------- data in memory, one loop for all stages
