@@ -247,10 +247,9 @@ class Muon:
     as one optimiser. A convolution [out, in, k, k] counts as the matrix [out, in·k·k]: torch's Muon
     gets views of the weights. Its update is scaled to AdamW's size, so that --lr means the same."""
 
-    def __init__(self, parameters, **options):
+    def __init__(self, parameters, fused=False, **options):
         parameters = list(parameters)
         self.pairs = [(p, nn.Parameter(p.detach().flatten(1))) for p in parameters if p.ndim > 1]
-        fused = options.pop("fused")
         self.parts = (torch.optim.Muon([matrix for _, matrix in self.pairs],
                                        adjust_lr_fn="match_rms_adamw", **options),
                       torch.optim.AdamW([p for p in parameters if p.ndim < 2], fused=fused,
@@ -701,7 +700,7 @@ def run(a, recipe):
         header(a, team, model, sets, held_out, accumulate, first, device, recipe)
     step_module = Step(model, a)
     if team.size > 1:
-        step_module = nn.parallel.DistributedDataParallel(step_module, broadcast_buffers=False)
+        step_module = nn.parallel.DistributedDataParallel(step_module)
     stop = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, _: stop.append(n))

@@ -30,7 +30,7 @@ from data import BadFrame, FrameSet, UserError  # noqa: E402
 from evaluate import score  # noqa: E402
 from losses import add_noise, gradient_matching, mae, velocity  # noqa: E402
 from model import SD_SCHEDULE, FiffDepth, Teacher, load_vae  # noqa: E402
-from train import cut_log, latent_space, save_sheet  # noqa: E402
+from train import Muon, cut_log, latent_space, save_sheet  # noqa: E402
 
 CHANNELS = 32  # of the latent space
 STAGES = ("vae", "decoder", "generator", "teacher")
@@ -71,18 +71,19 @@ def to_float(rgb):
     return rgb.float() / 127.5 - 1
 
 
-def fit(stage, net, loss_of, a, data):
-    """Trains net on the terms of loss_of(generator, batch) with AdamW, a short warm-up and a cosine
-    to zero; resumable -> minutes. With more steps than a finished run had, it goes on, on the
-    rest of a longer cosine.
+def fit(stage, net, loss_of, a, data, muon=False):
+    """Trains net on the terms of loss_of(generator, batch) with AdamW or Muon, a short warm-up and
+    a cosine to zero; resumable -> minutes. With more steps than a finished run had, it goes on, on
+    the rest of a longer cosine.
 
     data  tells apart what it is trained on: a state made from other data must not go on
     """
     steps, batch, lr = (getattr(a, f"{stage}_{flag}") for flag in ("steps", "batch", "lr"))
     state_file, log = a.work / f"{stage}.pt", a.work / f"{stage}.jsonl"
     a.work.mkdir(parents=True, exist_ok=True)
-    of = json.dumps([batch, lr, data])
-    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    of = json.dumps([batch, lr, data] + ["muon"] * muon)
+    optimizer = (Muon(net.parameters(), lr=lr, weight_decay=0.01) if muon else
+                 torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01))
     first, spent = restore(state_file, of, net, optimizer)
     if first > steps:
         raise UserError(f"{state_file} is at step {first}, past --{stage}_steps {steps}; "
@@ -107,7 +108,7 @@ def fit(stage, net, loss_of, a, data):
         generator = torch.Generator().manual_seed(step)
         with torch.autocast("cpu", torch.bfloat16):
             terms = loss_of(generator, batch)
-        optimizer.zero_grad(set_to_none=True)
+        net.zero_grad()
         loss = sum(terms.values())
         if not torch.isfinite(loss):
             raise UserError(f"{stage}: the loss is {loss.item()} at step {step + 1}; lower "
@@ -316,7 +317,8 @@ def train_generator(a):
         v = model.eps_hat(add_noise(x0, eps, a_bar), t)
         return {"v": F.mse_loss(v.float(), velocity(x0, eps, a_bar))}
 
-    minutes = fit("generator", model.unet, loss_of, a, [latent_space(model.vae), len(latents)])
+    minutes = fit("generator", model.unet, loss_of, a, [latent_space(model.vae), len(latents)],
+                  muon=True)
     model.vae = best_vae(a)  # its decoder may have been trained meanwhile
     model.save_pretrained(a.out / "generator", torch.float16)
     (a.out / "generator/recipe.json").write_text(json.dumps(RECIPE, indent=1) + "\n")
@@ -494,7 +496,7 @@ def main(argv=None):
         help="where the generator's samples are drawn")
     for stage, steps, batch, lr, frames in (("vae", 8000, 8, 1e-3, 8000),
                                             ("decoder", 1000, 8, 4e-4, 8000),
-                                            ("generator", 6000, 64, 1e-3, 12000),
+                                            ("generator", 6000, 64, 2e-3, 12000),
                                             ("teacher", 32000, 64, 1.5e-3, 64000)):
         add(f"--{stage}_steps", type=int, default=steps, help="optimiser steps")
         add(f"--{stage}_batch", type=int, default=batch, help="pictures a step")
