@@ -35,7 +35,7 @@ from train import Muon, cut_log, latent_space, save_sheet  # noqa: E402
 CHANNELS = 32  # of the latent space
 STAGES = ("vae", "decoder", "generator", "teacher")
 # What suits so small a generator; train.py reads it beside the weights, flags of its own win.
-RECIPE = {"steps": 8500, "batch": 64, "micro": 16, "optimizer": "muon", "lr": 4e-3, "lr_end": 0.02,
+RECIPE = {"steps": 4800, "batch": 64, "micro": 16, "optimizer": "muon", "lr": 4e-3, "lr_end": 0.02,
           "filter_noise": 0.5, "no_flip": True, "cache": "runs/cache", "save_every": 100,
           "val_every": 500}
 
