@@ -2795,7 +2795,8 @@ def test_nano_pretrain_makes_a_base_and_a_teacher_and_resumes(tmp_path, monkeypa
     from train import fingerprint, latent_space
 
     draw = pretrain.samples
-    monkeypatch.setattr(pretrain, "samples", lambda a, model: draw(a, model, steps=2))
+    monkeypatch.setattr(pretrain, "samples",
+                        lambda a, model, latents: draw(a, model, latents, steps=2))
     scenes, world, out = _scenes(), tmp_path / "world", tmp_path / "weights"
     for style, split, depth in (("clean", "train", 1), ("wild", "labelled", 1),
                                 ("wild", "train", 0), ("wild", "test", 1)):

@@ -325,7 +325,7 @@ def train_generator(a):
     log = [json.loads(line)["v"] for line in (a.work / "generator.jsonl").read_text().splitlines()]
     card(a, "generator", minutes, a.generator_steps, model.unet,
          {"v_loss": round(float(np.mean(log[-5:])), 4)})
-    samples(a, model)
+    samples(a, model, latents)
 
 
 def latent_store(a, model):
@@ -345,15 +345,18 @@ def latent_store(a, model):
 
 
 @torch.no_grad()
-def samples(a, model, n=32, steps=50):
-    """Draws pictures from noise: does the generator know its world? -> assets/samples.png"""
+def samples(a, model, latents, n=16, steps=50):
+    """Draws pictures from noise, above pictures that it learned from as the autoencoder returns
+    them: does the generator know its world? -> assets/samples.png"""
     # offset 1: it ends at t = 1, for t = 0 is Eq. 1's and was never trained
     sampler = DDIMScheduler.from_config(model.scheduler.config, steps_offset=1)
     sampler.set_timesteps(steps)
-    x = torch.randn(n, CHANNELS, 16, 16, generator=torch.Generator().manual_seed(1))
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(n, CHANNELS, 16, 16, generator=g)
     for t in tqdm(sampler.timesteps, desc="sampling"):
         x = sampler.step(model.eps_hat(x, t), t, x).prev_sample
-    rgb = model.decode_image(x).clamp(-1, 1)
+    learned = latents[torch.randint(len(latents), (n,), generator=g)].float()
+    rgb = torch.cat([model.decode_image(z).clamp(-1, 1) for z in (x, learned)])
     a.assets.mkdir(exist_ok=True, parents=True)
     save_sheet([torch.cat(list(row), 2) for row in rgb.split(8)], a.assets / "samples.png")
 
