@@ -6,6 +6,7 @@ symmetric, so nothing changes). Eq. 1 and 4, the two network calls, are model.Fi
 .filter; Eq. 7, the weighted sum, is train.training_step. Read this file first.
 """
 import torch
+import torch.nn.functional as F
 
 
 # ------------------------------------------------------- Sec. 3.2: keeping the diffusion trajectory
@@ -86,6 +87,14 @@ def gradient_matching(d, d_star, mask=None):
     along_y = mean_where((residual[..., 1:, :] - residual[..., :-1, :]).abs(),
                          valid[..., 1:, :] & valid[..., :-1, :])
     return along_x + along_y
+
+
+def low_pass(d, cells=4):
+    """The layout of a map without its detail: means over blocks of cells x cells latent cells.
+    [B, C, h, w] -> [B, C, ⌈h/cells⌉, ⌈w/cells⌉]; blocks at the border may be smaller. Not in the
+    paper: for --lambda_low, as a teacher's softness does not touch the layout (Sec. 3.3).
+    """
+    return F.avg_pool2d(d, cells, ceil_mode=True)
 
 
 def masked_residual(d, d_star, mask):

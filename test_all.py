@@ -396,7 +396,7 @@ def test_model_half_weights_are_read_at_full_precision(tmp_path):
 
 def _flags(**changes):
     return argparse.Namespace(**{"gamma": 0.5, "lambda_mae": 1.0, "lambda_gm": 0.5, "lambda_k": 0.2,
-                                 "teacher_at_d0": False, **changes})
+                                 "lambda_low": 0.0, "teacher_at_d0": False, **changes})
 
 
 def _micro():
@@ -460,6 +460,12 @@ def test_train_terms_by_hand_and_ablations():
     assert {k for k in terms if not torch.equal(terms[k], noisy[k])} == {"mae_m1", "gm_m1"}
     seen = model.filter(model.predict(z.real_x0) + hiss)
     assert torch.allclose(noisy["mae_m1"], mae(seen, z.dm1_star))
+    low = training_step(model, z, eps, t, _flags(lambda_low=0.5))  # 6x8 cells: blocks of 4 and 2
+    assert set(low) == set(terms) | {"low"}
+    residual = model.predict(z.real_x0) - z.dm1_star
+    blocks = [residual[:, :, y, x].mean((2, 3)).abs() for y in (slice(0, 4), slice(4, 6))
+              for x in (slice(0, 4), slice(4, 8))]
+    torch.testing.assert_close(low["low"], 0.5 * torch.stack(blocks).mean(), rtol=1e-4, atol=1e-5)
     image_only = training_step(model, z, eps, t, _flags(gamma=1.0))["k"]
     v = a.sqrt() * eps - (1 - a).sqrt() * z.x0
     torch.testing.assert_close(
@@ -1282,7 +1288,8 @@ def test_train_muon_steps_matrices_by_equal_amounts_and_the_rest_by_adamw():
         if old.ndim == 1:
             assert torch.equal(new, rest.pop(0))
             continue
-        update = (new - old * (1 - 0.01 * 0.5)).flatten(1) / (0.2 * max(old.flatten(1).shape) ** 0.5)
+        update = (new - old * (1 - 0.01 * 0.5)).flatten(1)
+        update /= 0.2 * max(update.shape) ** 0.5
         values = torch.linalg.svdvals(update) / 0.01
         assert 0.5 < values.min() and values.max() < 1.3  # the same in every direction, roughly
         assert (update * new.grad.flatten(1)).sum() < 0
@@ -3014,6 +3021,19 @@ def test_readme_has_two_setup_commands_and_ci_runs_them():
     commands = re.findall(r"^\$ (.+)$", first, re.M)
     assert len(commands) == 2 and "infer.py" in commands[0] and "test_all.py" in commands[1]
     assert "First minute" in (HERE / ".ci/run").read_text() and "@" not in text.split("## Files")[0]
+
+
+def test_nano_the_card_names_the_flags_that_a_run_needed(tiny):
+    sys.path.insert(0, str(HERE / "nano"))
+    from pretrain import changed_flags
+    from train import read_flags
+
+    usual = vars(read_flags(["--out", "elsewhere"])[0])
+    assert changed_flags(usual) == {}
+    assert changed_flags(usual | {"gamma": 0.9}) == {"gamma": 0.9}
+    base = str(tiny / "base")  # has no recipe
+    flags = vars(read_flags(["--base", base, "--lambda_low", "1", "--no_flip"])[0])
+    assert changed_flags(flags) == {"base": base, "lambda_low": 1.0, "no_flip": True}
 
 
 def test_readme_the_shipped_weights_are_small():

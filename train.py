@@ -38,7 +38,7 @@ from data import (BadFrame, BadFrames, FrameSet, MixedBatches, Sample, UserError
                   parse_sources)
 from evaluate import score
 from infer import choose_device
-from losses import add_noise, blend, gradient_matching, mae, trajectory_loss
+from losses import add_noise, blend, gradient_matching, low_pass, mae, trajectory_loss
 from model import FiffDepth, Teacher, read_json
 
 HERE = Path(__file__).resolve().parent
@@ -83,6 +83,8 @@ def flags():
     add("--teacher_at_d0", False, "ablation: pseudo-labels act on d_0 itself (Sec. 3.3)", **switch)
     add("--filter_noise", 0.0, "standard deviation of noise on d_0 before the filter of Eq. 4, so "
         "that nothing can hide there; ours, 0 = the paper")
+    add("--lambda_low", 0.0, "weight of the teacher's layout, means over 4x4 latent cells, on the "
+        "d_0 of real images, so that the filter need not repair it; ours, 0 = the paper")
     add("--target", "disparity", "space of all labels; depth is the paper-literal one (Sec. 3.1)",
         choices=["disparity", "depth"])
     # the optimisation; the paper gives the half-and-half batch, the rest is ours
@@ -158,7 +160,7 @@ def check_flags(a):
     lowest = {"steps": 1, "micro": 1, "batch": 1, "save_every": 1, "val_frames": 1, "val_every": 0,
               "warmup": 0, "workers": 0, "seed": 0, "lr": 0, "lr_end": 0, "weight_decay": 0,
               "max_bad": 0, "clip": 1e-9, "lambda_k": 0, "lambda_mae": 0, "lambda_gm": 0,
-              "filter_noise": 0}
+              "filter_noise": 0, "lambda_low": 0}
     for name, low in lowest.items():
         if not getattr(a, name) >= low:
             raise UserError(f"--{name} {getattr(a, name)}: must be at least {low}")
@@ -183,7 +185,7 @@ def training_step(model, z, eps, t, a, hiss=None):
     """One micro-batch -> the five terms of Eq. 7, already weighted; their sum is the loss.
 
     z Latents; eps [B, C, h, w] normal noise; t [B] in 1..T−1
-    a the flags gamma, lambda_mae, lambda_gm, lambda_k, teacher_at_d0
+    a the flags gamma, lambda_mae, lambda_gm, lambda_k, lambda_low, teacher_at_d0
     hiss None, as in the paper, or [B, C, h', w'], noise on what the filter sees: d_0 could
         carry the teacher's correction in directions of the latent that the decoder does not show,
         and the filter would find it there; in noise nothing can hide
@@ -204,6 +206,8 @@ def training_step(model, z, eps, t, a, hiss=None):
         dm1 = real_d0 if a.teacher_at_d0 else model.filter(seen)  # Eq. 4; no detach
         terms["mae_m1"] = a.lambda_mae * mae(dm1, z.dm1_star)
         terms["gm_m1"] = a.lambda_gm * gradient_matching(dm1, z.dm1_star)
+        if a.lambda_low:
+            terms["low"] = a.lambda_low * mae(low_pass(real_d0), low_pass(z.dm1_star))
     return terms
 
 

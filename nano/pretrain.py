@@ -30,7 +30,7 @@ from data import BadFrame, FrameSet, UserError  # noqa: E402
 from evaluate import score  # noqa: E402
 from losses import add_noise, gradient_matching, mae, velocity  # noqa: E402
 from model import SD_SCHEDULE, FiffDepth, Teacher, load_vae  # noqa: E402
-from train import Muon, cut_log, latent_space, save_sheet  # noqa: E402
+from train import Muon, cut_log, latent_space, read_flags, save_sheet  # noqa: E402
 
 CHANNELS = 32  # of the latent space
 STAGES = ("vae", "decoder", "generator", "teacher")
@@ -449,6 +449,8 @@ def ship(a):
     if not (run / "log.jsonl").exists():
         raise UserError(f"{run} holds no run; first: python train.py")
     model = FiffDepth.from_pretrained(run)
+    flags = "".join(f" --{k}" if v is True else f" --{k} {' '.join(v) if type(v) is list else v}"
+                    for k, v in changed_flags(model.info["flags"]).items()).replace(f"{root}/", "")
     model.info = json.loads(json.dumps(model.info).replace(f"{root}/", ""))
     model.save_pretrained(a.out / "fiffdepth", torch.float16)
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
@@ -460,11 +462,19 @@ def ship(a):
     last = {k: v for k, v in log[-1].items() if k.startswith("val_")}
     n = model.info["processes"]
     command = f"torchrun --nproc_per_node {n} train.py" if n > 1 else "python train.py"
-    card(a, "fiffdepth", minutes, len(steps), model.unet, last, command,
+    card(a, "fiffdepth", minutes, len(steps), model.unet, last, command + flags,
          model.info["flags"]["seed"])
     a.assets.mkdir(exist_ok=True, parents=True)
     for sheet in sorted(run.glob("preview_*.png"))[-1:]:
         Image.open(sheet).save(a.assets / "preview.png")
+
+
+def changed_flags(flags):
+    """Those that a run's command named: neither defaults nor in the recipe of its base."""
+    base = [] if flags["base"] == str(Path(__file__).resolve().parent / "weights/generator") else [
+        "--base", flags["base"]]
+    usual = vars(read_flags(base)[0]) | {"base": read_flags([])[0].base}
+    return {k: v for k, v in flags.items() if k not in ("out", "resume") and v != usual[k]}
 
 
 # ---------------------------------------------------------------- the command
