@@ -49,7 +49,8 @@ VARIANTS = {
     "filter_noise 0": ["--filter_noise", "0"],  # to the letter of the paper
 }
 SWEEPS = {f"{name} {value}": [f"--{name}", str(value)]
-          for name, values in (("gamma", (0, 0.25, 0.75)), ("lambda_k", (0.05, 0.5, 1)))
+          for name, values in (("gamma", (0, 0.25, 0.75)), ("lambda_k", (0.05, 0.5, 1)),
+                               ("lambda_low", (1,)))
           for value in values} | {"adamw": ["--optimizer", "adamw", "--lr", "2e-3"]}
 MEASURES = {"abs_rel": "AbsRel, %", "delta1": "delta1, %", "f1": "boundary F1", "pairs": "pairs, %"}
 LOWER_IS_BETTER = {"abs_rel"}
@@ -268,7 +269,7 @@ def main(argv=None):
     add = parser.add_argument
     add("variants", nargs="*", default=[*VARIANTS, *SWEEPS], help=", ".join(VARIANTS | SWEEPS))
     add("--seeds", type=int, default=3, help="runs of each")
-    add("--steps", type=int, default=400, help="optimiser steps of a run")
+    add("--steps", type=int, default=500, help="optimiser steps of a run")
     add("--frames", type=int, default=256, help="held-out frames scored of each style")
     add("--workers", type=int, default=2, help="runs at a time, each on its share of the cores")
     add("--data", type=Path, default=HERE / "data", help="folder that nano/scenes.py wrote")
@@ -277,7 +278,7 @@ def main(argv=None):
     add("--cache", type=Path, default=HERE.parent / "runs/cache", help="latents, shared by all")
     add("--work", type=Path, default=HERE.parent / "runs/ablate", help="runs and their logs")
     add("--results", type=Path, default=HERE / "ablation.jsonl", help="a line a run")
-    add("--more", default="--batch 32", metavar="FLAGS",
+    add("--more", default="", metavar="FLAGS",
         help='further flags of every train.py: --more="--lr 1e-3 --no_flip"')
     add("--report", action="store_true",
         help="train nothing; the tables of the last experiment in --results")
