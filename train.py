@@ -182,7 +182,7 @@ class Latents(NamedTuple):
 
 
 def training_step(model, z, eps, t, a, hiss=None):
-    """One micro-batch -> the five terms of Eq. 7, already weighted; their sum is the loss.
+    """One micro-batch -> the five terms of Eq. 7 (and low, ours), weighted; their sum is the loss.
 
     z Latents; eps [B, C, h, w] normal noise; t [B] in 1..T−1
     a the flags gamma, lambda_mae, lambda_gm, lambda_k, lambda_low, teacher_at_d0
