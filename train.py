@@ -258,7 +258,10 @@ class Muon:
                                        adjust_lr_fn="match_rms_adamw", **options),
                       torch.optim.AdamW([p for p in parameters if p.ndim < 2], fused=fused,
                                         **options))
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    @property
+    def param_groups(self):
+        return [group for part in self.parts for group in part.param_groups]
 
     def step(self):
         for weight, matrix in self.pairs:
@@ -272,7 +275,6 @@ class Muon:
     def load_state_dict(self, states):
         for part, state in zip(self.parts, states):
             part.load_state_dict(state)
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
 # ---------------------------------------------------------------- frames

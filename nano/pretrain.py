@@ -1,6 +1,6 @@
 """From nothing to what the paper takes for granted: an autoencoder, a generator and a teacher.
 
-    python nano/pretrain.py                    # all four stages; some four hours on one core
+    python nano/pretrain.py                    # all four stages; four and a half hours on one core
     python nano/pretrain.py teacher --teacher_steps 500
 
 Each stage is a function; each writes its state every two minutes to --work and goes on from there
