@@ -35,8 +35,8 @@ from train import Muon, cut_log, latent_space, read_flags, save_sheet  # noqa: E
 CHANNELS = 32  # of the latent space
 STAGES = ("vae", "decoder", "generator", "teacher")
 # What suits so small a generator; train.py reads it beside the weights, flags of its own win.
-RECIPE = {"steps": 4800, "batch": 64, "micro": 16, "optimizer": "muon", "lr": 4e-3, "lr_end": 0.02,
-          "filter_noise": 0.5, "no_flip": True, "cache": "runs/cache", "save_every": 100,
+RECIPE = {"steps": 8000, "batch": 64, "micro": 16, "optimizer": "muon", "lr": 4e-3, "lr_end": 0.02,
+          "filter_noise": 0.5, "lambda_low": 1.0, "cache": "runs/cache", "save_every": 100,
           "val_every": 500}
 
 
@@ -71,12 +71,13 @@ def to_float(rgb):
     return rgb.float() / 127.5 - 1
 
 
-def fit(stage, net, loss_of, a, data, muon=False):
+def fit(stage, net, loss_of, a, data, muon=False, early=None):
     """Trains net on the terms of loss_of(generator, batch) with AdamW or Muon, a short warm-up and
     a cosine to zero; resumable -> minutes. With more steps than a finished run had, it goes on, on
     the rest of a longer cosine.
 
-    data  tells apart what it is trained on: a state made from other data must not go on
+    data   tells apart what it is trained on: a state made from other data must not go on
+    early  a step whose weights are kept beside the state, as {stage}_early.pt
     """
     steps, batch, lr = (getattr(a, f"{stage}_{flag}") for flag in ("steps", "batch", "lr"))
     state_file, log = a.work / f"{stage}.pt", a.work / f"{stage}.jsonl"
@@ -116,6 +117,8 @@ def fit(stage, net, loss_of, a, data, muon=False):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
+        if step + 1 == early:
+            torch.save(net.state_dict(), a.work / f"{stage}_early.pt")
         recent.append({k: float(v.detach()) for k, v in terms.items()})
         if step % 50 == 49 or step == steps - 1:
             mean = {k: round(float(np.mean([r[k] for r in recent])), 5) for k in recent[0]}
@@ -214,7 +217,10 @@ def read_vae(folder):
 
 
 def best_vae(a):
-    """With the decoder that train_decoder made, if it made one for these latents."""
+    """With the decoder that train_decoder made, if it made one for these latents; without a state
+    in --work, the shipped autoencoder."""
+    if not (a.work / "vae").exists() and (a.out / "generator/vae").exists():
+        return read_vae(a.out / "generator/vae")
     vae, folder = read_vae(a.work / "vae"), a.work / "vae_tuned"
     tuned = read_vae(folder) if folder.exists() else vae
     return tuned if latent_space(tuned) == latent_space(vae) else vae
@@ -318,14 +324,14 @@ def train_generator(a):
         return {"v": F.mse_loss(v.float(), velocity(x0, eps, a_bar))}
 
     minutes = fit("generator", model.unet, loss_of, a, [latent_space(model.vae), len(latents)],
-                  muon=True)
+                  muon=True, early=max(1, a.generator_steps // 32))
     model.vae = best_vae(a)  # its decoder may have been trained meanwhile
     model.save_pretrained(a.out / "generator", torch.float16)
     (a.out / "generator/recipe.json").write_text(json.dumps(RECIPE, indent=1) + "\n")
     log = [json.loads(line)["v"] for line in (a.work / "generator.jsonl").read_text().splitlines()]
     card(a, "generator", minutes, a.generator_steps, model.unet,
          {"v_loss": round(float(np.mean(log[-5:])), 4)})
-    samples(a, model, latents)
+    draw_samples(a)
 
 
 def latent_store(a, model):
@@ -344,21 +350,40 @@ def latent_store(a, model):
     return torch.load(file, weights_only=True)
 
 
+def draw_samples(a, n=16):
+    """Pictures that the finished generator draws from noise, above pictures that it learned from as
+    the autoencoder returns them: does it know its world? -> assets/samples.png"""
+    model, early = (FiffDepth.from_pretrained(a.out / "generator") for _ in range(2))
+    file = a.work / "generator_early.pt"
+    if not file.exists():
+        raise UserError(f"{file} is not there; first: python nano/pretrain.py generator "
+                        "(it writes this file after a 32nd of its steps)")
+    early.unet.load_state_dict(torch.load(file, weights_only=True))
+    frames = load_frames(a.data / "clean/train", True, n // 2)[0], load_frames(
+        a.data / "wild/train", False, n // 2)[0]
+    learned = model.encode(to_float(torch.cat(frames)))
+    rgb = torch.cat([model.decode_image(z).clamp(-1, 1)
+                     for z in (sample_latents(model, early, learned.shape), learned)])
+    a.assets.mkdir(exist_ok=True, parents=True)
+    save_sheet([torch.cat(list(row), 2) for row in rgb.split(8)], a.assets / "samples.png")
+
+
 @torch.no_grad()
-def samples(a, model, latents, n=16, steps=50):
-    """Draws pictures from noise, above pictures that it learned from as the autoencoder returns
-    them: does the generator know its world? -> assets/samples.png"""
+def sample_latents(model, early, shape, guidance=0.5, steps=250):
+    """Latents of the given shape from noise, by DDIM with eta = 1: fresh noise in each step mends
+    what earlier ones got wrong. Each velocity is pushed away from what the same network said early
+    in its training (autoguidance, arXiv 2406.02507): where the two differ, the later one knows
+    better."""
     # offset 1: it ends at t = 1, for t = 0 is Eq. 1's and was never trained
     sampler = DDIMScheduler.from_config(model.scheduler.config, steps_offset=1)
     sampler.set_timesteps(steps)
-    g = torch.Generator().manual_seed(1)
-    x = torch.randn(n, CHANNELS, 16, 16, generator=g)
+    g = torch.Generator().manual_seed(2)
+    x = torch.randn(shape, generator=g)
     for t in tqdm(sampler.timesteps, desc="sampling"):
-        x = sampler.step(model.eps_hat(x, t), t, x).prev_sample
-    learned = latents[torch.randint(len(latents), (n,), generator=g)].float()
-    rgb = torch.cat([model.decode_image(z).clamp(-1, 1) for z in (x, learned)])
-    a.assets.mkdir(exist_ok=True, parents=True)
-    save_sheet([torch.cat(list(row), 2) for row in rgb.split(8)], a.assets / "samples.png")
+        v = model.eps_hat(x, t)
+        v = v + guidance * (v - early.eps_hat(x, t))
+        x = sampler.step(v, t, x, eta=1.0, generator=g).prev_sample
+    return x
 
 
 # ---------------------------------------------------------------- (c) the teacher
@@ -500,7 +525,8 @@ def main(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("stages", nargs="*", default=STAGES,
-        help="vae, decoder, generator, teacher; ship puts what train.py made into --out")
+        help="vae, decoder, generator, teacher; samples draws the generator's picture again; "
+             "ship puts what train.py made into --out")
     add("--data", type=Path, default=here / "data", help="folder that nano/scenes.py wrote")
     add("--out", type=Path, default=here / "weights", help="finished weights")
     add("--work", type=Path, default=here.parent / "runs/pretrain",
@@ -520,12 +546,12 @@ def main(argv=None):
     a = parser.parse_args(argv)
     a.defaults = vars(parser.parse_args([]))
     for stage in a.stages:
-        if stage not in (*STAGES, "ship"):
-            parser.error(f"unknown stage {stage}: choose from {', '.join(STAGES)}, ship")
+        if stage not in (*STAGES, "samples", "ship"):
+            parser.error(f"unknown stage {stage}: choose from {', '.join(STAGES)}, samples, ship")
     try:
         for stage in a.stages:
             {"vae": train_vae, "decoder": train_decoder, "generator": train_generator,
-             "teacher": train_teacher, "ship": ship}[stage](a)
+             "teacher": train_teacher, "samples": draw_samples, "ship": ship}[stage](a)
     except (UserError, BadFrame, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
