@@ -2801,9 +2801,8 @@ def test_nano_pretrain_makes_a_base_and_a_teacher_and_resumes(tmp_path, monkeypa
     import pretrain
     from train import fingerprint, latent_space
 
-    draw = pretrain.samples
-    monkeypatch.setattr(pretrain, "samples",
-                        lambda a, model, latents: draw(a, model, latents, steps=2))
+    draw = pretrain.sample_latents
+    monkeypatch.setattr(pretrain, "sample_latents", lambda *args: draw(*args, steps=2))
     scenes, world, out = _scenes(), tmp_path / "world", tmp_path / "weights"
     for style, split, depth in (("clean", "train", 1), ("wild", "labelled", 1),
                                 ("wild", "train", 0), ("wild", "test", 1)):
@@ -2826,10 +2825,23 @@ def test_nano_pretrain_makes_a_base_and_a_teacher_and_resumes(tmp_path, monkeypa
         pretrain.main(["vae", *arguments, "--vae_steps", "4", "--vae_lr", "2"])
     pretrain.main(["generator", "teacher", *arguments])
     model = FiffDepth.from_pretrained(out / "generator")
-    assert model.factor == 8 and Image.open(tmp_path / "assets/samples.png").size == (1024, 512)
+    samples = tmp_path / "assets/samples.png"
+    assert model.factor == 8 and Image.open(samples).size[0] == 4 * 128  # four frames are there
+    drawn = samples.read_bytes()
+    samples.unlink()
+    pretrain.main(["samples", *arguments])  # again, from what is on disk
+    assert samples.read_bytes() == drawn
+    (tmp_path / "work/generator_early.pt").unlink()
+    with pytest.raises(SystemExit, match="generator_early.pt is not there; first: python nano"):
+        pretrain.main(["samples", *arguments])
+    latents = torch.zeros(1, 32, 4, 4).shape  # a network does not push itself away from itself
+    plain = draw(model, model, latents, guidance=0.0, steps=3)
+    assert torch.allclose(draw(model, model, latents, guidance=5.0, steps=3), plain, atol=1e-5)
     teacher = Teacher.from_pretrained(out / "teacher")
     assert teacher(torch.zeros(1, 3, 128, 128)).shape == (1, 128, 128)
     cards = json.loads((out / "card.json").read_text())
+    recipe = json.loads((HERE / "nano/weights/generator/recipe.json").read_text())
+    assert recipe == pretrain.RECIPE == json.loads((out / "generator/recipe.json").read_text())
     vae = pretrain.read_vae(out / "generator/vae")
     before = latent_space(vae), fingerprint(vae.decoder)
     with pytest.raises(SystemExit, match="decoder.pt is of other data"):  # of the first autoencoder
@@ -2932,13 +2944,14 @@ def test_nano_ablate_names_a_held_out_frame_it_cannot_read(tiny, tmp_path):
 
 def test_nano_ablate_verdicts_go_by_the_spread():
     sys.path.insert(0, str(HERE / "nano"))
-    from ablate import verdict
+    from ablate import spread, verdict
 
     assert verdict([3, 4, 5], [0, 1, 2]) == "held"
     assert verdict([0, 1, 2], [3, 4, 5]) == "not held: the reverse"
-    assert verdict([0, 1, 2], [3, 4, 5], lower_is_better=True) == "held"
-    assert verdict([1, 2, 3], [0, 1, 2]) == "too close to call"
+    assert verdict([1, 2, 3], [0, 1, 2]) == verdict([3, 4, 5], [0, 1, 3]) == "too close to call"
+    assert verdict([1, 3, 4, 5, 6], [0, 0.5, 0.7, 2, 0.9]) == "held"  # more seeds allow one defeat
     assert verdict([9, 9], [0, 0, 0]) == "fewer than three seeds"
+    assert spread([0.5, 0.7], "delta1") == "60.00 ± 14.14" and spread([0.0123], "f1") == "0.012"
 
 
 def test_nano_figures_are_drawn(small_world, tmp_path, capsys):

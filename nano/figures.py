@@ -156,12 +156,12 @@ def radial_power(values):
 
 def ablation(w):
     """Fig. 7: d_0 of every variant that nano/ablate.py trained last, seed 0, and the truth."""
-    from ablate import VARIANTS, last_experiment
+    from ablate import VARIANTS, last_experiment, run_folder
 
     runs = w.a.runs / last_experiment(w.a.results)
     rows, names = [[w.frames.read(i)[0] for i in w.shown]], ["picture"]
     for name in VARIANTS:
-        model = FiffDepth.from_pretrained(runs / f"{name.replace(' ', '_')}_0")
+        model = FiffDepth.from_pretrained(run_folder(runs, name, 0))
         rows.append([colorize(predict_image(model, rgb), "disparity") for rgb in rows[0]])
         names.append(name)
     rows.append([colorize(w.maps(i)[4], "disparity") for i in w.shown])
