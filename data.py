@@ -29,7 +29,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-TRIES = 20          # this many unusable frames in a row: the set itself is wrong
+TRIES = 20          # more unusable frames than this in a row: the set itself is wrong
 
 
 class UserError(Exception):
@@ -43,6 +43,11 @@ class UserError(Exception):
 
 class BadFrame(Exception):
     """This one frame cannot be used; the text is the reason."""
+
+
+def explain(error):
+    """One line: the first of the error's text, or its kind where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # ---------------------------------------------------------------------------------------- storage
@@ -119,19 +124,19 @@ class Folder:
             raise BadFrame(f"{name} cannot be read ({error.strerror})") from error
 
 
-def open_root(name, path, shards=False):
-    """The root of a set, a folder or a .tar, to read from."""
+def open_root(name, path, shards=False, flag="--data"):
+    """The root of a set, a folder or a .tar, to read from; `flag` named it."""
     if path.is_dir():
         return Folder(path, shards)
     if path.is_file() and path.suffix.lower() == ".tar":
         return Tar(path)
-    raise UserError(f"--data {name}={path}: expected a folder or a .tar file, found "
-                    + ("another kind of file" if path.exists() else f"nothing there{remedy(path)}"))
+    found = "another kind of file" if path.exists() else f"nothing there{remedy(name, path)}"
+    raise UserError(f"{flag} {name}={path}: expected a folder or a .tar file, found {found}")
 
 
-def remedy(path):
+def remedy(name, path):
     """What to do when there is nothing at `path`, if that is known."""
-    small_world = {"nano", "clean", "wild"} & set(path.parts)
+    small_world = name == "nano" or "nano" in path.parts
     return "; `python nano/scenes.py` makes the small world, in minutes" if small_world else ""
 
 
@@ -185,7 +190,7 @@ def to_rgb(image):
 
 
 def png16(data):
-    """16-bit grey PNG -> float32 [H, W] in the file's unit. Eight bits would be another file."""
+    """16-bit grey PNG -> float32 [H, W] in the file's unit. Eight bits: a preview, not the depth."""
     image = load(data, "depth")
     if image.mode not in ("I;16", "I;16B", "I"):
         raise BadFrame(f"depth is {image.mode}, not 16-bit grey")
@@ -296,7 +301,7 @@ def spring_dsp5(data, intrinsics, frame):
         raise BadFrame(f"intrinsics.txt has no focal length for frame {frame}") from error
     disparity = hdf5(data, "disparity")[::2, ::2]
     with np.errstate(divide="ignore"):
-        return np.where(disparity <= 0, np.inf, fx * 0.065 / np.abs(disparity))
+        return np.where(disparity <= 0, np.inf, fx * 0.065 / disparity)
 
 
 def ibims_png(data, valid, opaque):
@@ -431,7 +436,8 @@ TEST_SETS = (
 # ---------------------------------------------------------------------------------- normalisation
 
 def stretch(values, known):
-    """2 % .. 98 % quantile of the known values -> -1 .. 1, clipped; None if they are equal.
+    """2 % .. 98 % quantile of the known values -> -1 .. 1, clipped; None if the two are
+    equal.
 
     numpy's quantile: torch's refuses more than 2^24 values.
     """
@@ -538,14 +544,17 @@ class FrameSet(Dataset):
     space     of the label: "disparity" or "depth"
     size      (H, W) to feed; default: the row's, else that of the first readable frame
     cap       use the first so many frames only
+    flag      that named the set, for the sentences
     .frames   [Frame]     .missing   ["set/file: reason"], frames that lack a file
     .names    of their pictures      .wanted    of all pictures, also those that lack a file
     """
 
-    def __init__(self, name, path, list_file=None, space="disparity", size=None, cap=None):
+    def __init__(self, name, path, list_file=None, space="disparity", size=None, cap=None,
+                 flag="--data"):
         self.name, self.path, self.space = name, Path(path), space
+        self.flag = flag
         rows = [row for row in SETS + TEST_SETS if row.name == name]
-        self.store = open_root(name, self.path, shards=rows[0].depth is None)
+        self.store = open_root(name, self.path, rows[0].depth is None, flag)
         names = set(self.store.names())
         pairs = rows[0].depth is not None and not rows[0].matte
         listed = list_file and read_list(list_file, names, pairs)
@@ -568,7 +577,7 @@ class FrameSet(Dataset):
     def misfit(self, rows, where, found):
         expected = ", or ".join(row.what for row in rows)
         more = f" and {len(found) - 1} more" if found[1:] else ""
-        return UserError(f"--data {self.name}={self.path}: expected {expected}; "
+        return UserError(f"{self.source}: expected {expected}; "
                          f"found in {where}: {found[0] if found else 'no files'}{more}")
 
     def pair(self, names):
@@ -587,9 +596,10 @@ class FrameSet(Dataset):
         match = re.fullmatch(self.layout.rgb, frame.rgb)
         if not match or not self.layout.depth:
             return frame
-        more = [match.expand(word) for word in self.layout.more]
-        more = [word.lstrip("?") if word.lstrip("?") in names or word[0] != "?" else None
-                for word in more]
+        more = []
+        for word in (match.expand(word) for word in self.layout.more):
+            optional, word = word[0] == "?", word.removeprefix("?")
+            more.append(None if optional and word not in names else word)
         return Frame(frame.rgb, frame.depth or match.expand(self.layout.depth), tuple(more))
 
     def probe(self):
@@ -600,11 +610,16 @@ class FrameSet(Dataset):
                 return self.read(i)[0].shape[:2]
             except BadFrame as error:
                 reasons.append(f"{self.frames[i].rgb}: {error}")
-        raise UserError(f"--data {self.name}={self.path}: none of the first {len(reasons)} frames "
+        raise UserError(f"{self.source}: none of the first {len(reasons)} frames "
                         f"can be used ({reasons[0]}); check that the copy is complete")
 
     def __len__(self):
         return len(self.frames)
+
+    @property
+    def source(self):
+        """The words of the command line that named the set."""
+        return f"{self.flag} {self.name}={self.path}"
 
     @property
     def names(self):
@@ -620,8 +635,7 @@ class FrameSet(Dataset):
         rgb = open_image(self.store.read(frame.rgb), upright=frame.depth is None)
         if frame.depth is None:
             return rgb, None, None
-        more = [word if word is None else word[1:] if word[0] == "=" else self.store.read(word)
-                for word in frame.more]
+        more = map(self.argument, frame.more)
         depth = row.decode(self.store.read(frame.depth), *more).astype(np.float32)
         if rgb.shape[:2] != depth.shape:
             raise BadFrame("picture of {}x{} and {} of {}x{} pixels".format(
@@ -645,6 +659,19 @@ class FrameSet(Dataset):
             valid &= inside
         return rgb, depth, valid
 
+    def named(self, read, i, *more):
+        """read(i, *more), e.g. of self.sample, where no other frame can take its place."""
+        try:
+            return read(i, *more)
+        except BadFrame as error:
+            raise UserError(f"{self.path / self.frames[i].rgb}: {error}") from None
+
+    def argument(self, word):
+        """A further argument of decode: a file's bytes, the text behind "=", None for None."""
+        if word is None or word[0] == "=":
+            return word and word[1:]
+        return self.store.read(word)
+
     def sample(self, i, flip):
         """-> Sample, as the network takes it; `flip` mirrors left and right."""
         rgb, depth, valid = self.read(i)
@@ -663,7 +690,8 @@ class FrameSet(Dataset):
         h, w = self.size
         fits = (H, W) == (h, w) if self.keep else H >= h and H * w == W * h
         if not fits:
-            raise BadFrame(f"{H}x{W} pixels, the set has {h}x{w}")
+            raise BadFrame(f"{H}x{W} pixels, the first frame has {h}x{w}" if self.keep else
+                           f"{H}x{W} pixels cannot be scaled down to {h}x{w} without stretching")
 
 
 # ------------------------------------------------------------------------------------ the mixture
@@ -746,7 +774,7 @@ class MixedBatches(Dataset):
                 return frames.sample(int(i), flip)
             except BadFrame as error:
                 bad.append(f"{frames.name}/{frames.frames[i].rgb}: {error}")
-        raise UserError(f"--data {frames.name}={frames.path}: {TRIES + 1} unusable frames in a "
+        raise UserError(f"{frames.source}: {TRIES + 1} unusable frames in a "
                         f"row, the last is {bad[-1]}; check the files")
 
 
@@ -784,7 +812,7 @@ def split_word(flag, word, known):
         raise UserError(f"{flag} {word}: unknown name {name}, expected one of {', '.join(known)}")
     path = Path(path).expanduser()                  # no shell expands a ~ after the "="
     if not path.exists():
-        raise UserError(f"{flag} {word}: there is no file or folder {path}{remedy(path)}")
+        raise UserError(f"{flag} {word}: there is no file or folder {path}{remedy(name, path)}")
     return name, path
 
 

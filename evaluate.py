@@ -6,9 +6,10 @@
     python evaluate.py --speed                                                  # Table 3
 
 Read top to bottom: metrics on arrays (numpy in, floats out) -> TESTS (what decides each number:
-size, alignment, range) -> predictors -> one image to a row -> the loop -> tables. Each scored image
-is a line of --out at once: an interrupted run goes on, nothing is computed twice, and memory does
-not grow. An image without a score is counted and named, never averaged in.
+size, alignment, range) -> predictors -> sets -> one image to a row -> the loop -> tables -> Table 3
+-> the command. Each scored image is a line of --out at once: an interrupted run goes on, nothing is
+computed twice, and memory does not grow. An image without a score is counted and named, never
+averaged in.
 """
 import argparse
 import collections
@@ -34,9 +35,9 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import (SETS, TEST_SETS, BadFrame, FrameSet, UserError, open_image, open_root,
+from data import (SETS, TEST_SETS, BadFrame, FrameSet, UserError, explain, open_image, open_root,
                   parse_sources)
-from infer import choose_device, explain, load_model, predict_batch, predict_image
+from infer import choose_device, load_model, predict_batch, predict_image
 from model import AUTHORS_INFO, SD_SCHEDULE, FiffDepth, Teacher
 
 HERE = Path(__file__).resolve().parent
@@ -257,8 +258,8 @@ def positive_depth(pred, space):
 
 
 def score(pred, depth, valid, space, layout):
-    """What train.py and nano/pretrain.py watch: AbsRel, delta1 and boundary F1 of a relative map
-    after least squares and a clip to the layout's range."""
+    """What train.py and nano/ watch: AbsRel, delta1 and boundary F1 of a relative map after least
+    squares and a clip to the layout's range."""
     aligned = np.clip(align(pred, depth, valid, space), layout.near, layout.far)
     return tuple(metric(aligned, depth, valid) for metric in (abs_rel, delta1, boundary_f1))
 
@@ -347,7 +348,9 @@ MEASURES = {
 }
 ALIGNED = ("depth", "small", "f1")  # measures that align a map first
 MARK = "<!-- tables of evaluate.py -->\n"
-PROTOCOL = 2  # to be raised when a change above or below changes a score: old results then rest
+# To be raised when a change above or below changes a score: rows of earlier versions are then
+# ignored and scored again.
+PROTOCOL = 2
 
 
 # ---------------------------------------------------------------- predictors
@@ -1220,9 +1223,11 @@ def speed_results(device, images, warm_up=1, size=512, sources=None, contestants
 
 
 def machine_name(device):
+    """All that seconds depend on, beside the method: with another name they are measured anew."""
     if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    return f"{device} ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return (f"{device} ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()}), "
+            f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}")
 
 
 # ---------------------------------------------------------------- the table
@@ -1233,8 +1238,7 @@ def speed_lines(device, images, warm_up=1, size=512, keep=lambda result: None, *
 
     keep gets each result (a file may want it); options: see speed_results.
     """
-    yield (f"{machine_name(device)}, {torch.get_num_threads()} CPU threads, torch "
-           f"{torch.__version__}; {images} pictures of {size}x{size} after {warm_up}, batch 1, "
+    yield (f"{machine_name(device)}; {images} pictures of {size}x{size} after {warm_up}, batch 1, "
            "resizing included; a multiply-add is 2 FLOP")
     yield ""
     yield ("| method | weights | precision | seconds, mean ± sd | TFLOP | "
@@ -1271,10 +1275,11 @@ def run_speed(a):
         sources.setdefault("fiffdepth", a.checkpoint)
     device = choose_device(a.device)
     on_gpu = device.startswith("cuda")
-    images = a.speed_images or (100 if on_gpu else 3)
+    images = (100 if on_gpu else 3) if a.speed_images is None else a.speed_images
     if images < 1:
         raise UserError(f"--speed_images {images}: must be at least 1")
-    for flag in ("data", "predictions", "vae", "size", "teacher"):
+    for flag in ("data", "list", "predictions", "vae", "size", "teacher", "space", "frames",
+                 "stride"):
         if getattr(a, flag) is not None:
             raise UserError(f"--{flag} has no meaning with --speed; leave it out")
     log = read_log(a.out)

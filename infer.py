@@ -35,7 +35,7 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from data import IMAGE_SUFFIXES, BadFrame, UserError, open_image, to_rgb, walk
+from data import IMAGE_SUFFIXES, BadFrame, UserError, explain, open_image, to_rgb, walk
 from model import FiffDepth, local_file
 
 if __name__ == "__main__":
@@ -56,11 +56,6 @@ COLORS = np.array([  # far to near, evenly spaced
 
 
 # ---------------------------------------------------------------- pictures to values
-
-
-def explain(error):
-    """One line: the first of the error's text, or its kind where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def network_size(height, width, longer, enlarge=False):
@@ -244,7 +239,7 @@ def taken(base, picture):
     if note.exists():
         try:
             source = json.loads(note.read_text())["source"]
-        except (ValueError, KeyError, TypeError):  # a JSON of someone else's
+        except (OSError, ValueError, KeyError, TypeError):  # a JSON of someone else's
             return "another program"
         return None if source == str(picture.path) else source
     return "another program" if any(os.path.exists(f"{base}{end}") for end in ENDINGS) else None
@@ -316,14 +311,18 @@ def check_flags(a):
         raise UserError(f"--fov {a.fov:g}: must lie between 0 and 180 degrees")
     if not 0 < a.near < a.far < float("inf"):
         raise UserError(f"--near {a.near:g} --far {a.far:g}: metres, with 0 < near < far")
+    make_folder(a.out)
+
+
+def make_folder(out):
     try:
-        a.out.mkdir(parents=True, exist_ok=True)
+        Path(out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {a.out}: cannot be made a folder ({error.strerror})") from None
+        raise UserError(f"--out {out}: cannot be made a folder ({error.strerror})") from None
 
 
 def load_model(a):
-    """-> the model on its device, in the precision of --dtype."""
+    """-> the model on its device, and "device, precision" for the last line."""
     device = choose_device(a.device)
     dtype = a.dtype if a.dtype != "auto" else "float16" if device.startswith("cuda") else "float32"
     model = FiffDepth.from_pretrained(a.checkpoint, vae=a.vae, dtype=getattr(torch, dtype))

@@ -1,9 +1,10 @@
-"""The losses of FiffDepth: Eq. 2, 3, 5 and 6 of the paper, each in one function.
+"""The losses of FiffDepth: Eq. 2, 3, 5 and 6 of the paper, a function for each line of them.
 
-Everything here happens in the latent space of the autoencoder: [B, C, h, w] tensors in, a scalar
-out. d is a prediction and d_star its target (the prose under Eq. 5 swaps the two; both losses are
-symmetric, so nothing changes). Eq. 1 and 4, the two network calls, are model.FiffDepth.predict and
-.filter; Eq. 7, the weighted sum, is train.training_step. Read this file first.
+Everything here happens in the latent space of the autoencoder, on tensors [B, C, h, w]; the three
+losses, trajectory_loss, mae and gradient_matching, return a scalar. d is a prediction and d_star
+its target (the prose under Eq. 5 swaps the two; both losses are symmetric, so nothing changes).
+Eq. 1 and 4, the two network calls, are model.FiffDepth.predict and .filter; Eq. 7, the weighted
+sum, is train.training_step. Read this file first.
 """
 import torch
 import torch.nn.functional as F

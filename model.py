@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from data import UserError
+from data import UserError, explain
 
 PROMPT_FILE, INFO_FILE = "empty_prompt.safetensors", "fiffdepth.json"
 # A folder without our JSON is read as the paper's authors lay theirs out: depth, not disparity, 768
@@ -32,8 +32,7 @@ AUTHORS_INFO = {"target": "depth", "size": 768}
 SD_SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
                "beta_schedule": "scaled_linear", "clip_sample": False}
 
-# Classes of transformers' depth networks that always predict metres: near and far the other way
-# round.
+# model_type of transformers' networks that always predict metres, where larger is farther.
 METRIC_NETWORKS = {"depth_pro", "zoedepth", "prompt_depth_anything", "glpn"}
 
 
@@ -107,8 +106,8 @@ class FiffDepth(nn.Module):
         [B, C, ⌈H/factor⌉, ⌈W/factor⌉].
 
         The mean of the posterior, never a sample; no gradient; the precision of the VAE's own
-        weights, for these latents are the targets. Odd sizes
-        are padded at the right and bottom edge."""
+        weights, for these latents are the targets. Odd sizes are padded at the right and bottom
+        edge."""
         height, width = image.shape[-2:]
         image = F.pad(image, (0, -width % self.factor, 0, -height % self.factor), mode="replicate")
         with torch.autocast(image.device.type, enabled=False):
@@ -160,6 +159,13 @@ class FiffDepth(nn.Module):
             # a whole pipeline, or a bare autoencoder
             beside = local_file(vae, "vae/config.json") is not None
             autoencoder = load_vae(str(vae), "vae" if beside else None, keep)
+        channels = {unet.config.in_channels, unet.config.out_channels,
+                    autoencoder.config.latent_channels}
+        if len(channels) > 1:
+            raise UserError(f"{path}: its UNet takes {unet.config.in_channels} channels and gives "
+                            f"{unet.config.out_channels}, the autoencoder has "
+                            f"{autoencoder.config.latent_channels}; choose a text-to-image "
+                            "generator, or a --vae of the same latent space")
         info_file = local_file(path, INFO_FILE)
         info = read_json(info_file) if info_file else AUTHORS_INFO
         return cls(unet, autoencoder, scheduler, prompt.to(dtype), info).eval()
@@ -223,6 +229,8 @@ class Teacher(nn.Module):
         size = config.get("size")
         if not isinstance(size, dict) or not {"height", "width"} <= set(size):
             raise UserError(f"{path}: its preprocessor_config.json has no size by height and width")
+        if not {"image_mean", "image_std"} <= set(config):
+            raise UserError(f"{path}: its preprocessor_config.json has no image_mean and image_std")
         return cls(net, config)
 
     def resized(self, height, width):
@@ -277,22 +285,28 @@ def local_file(path, name):
         return None
     except (HfHubHTTPError, HFValidationError) as error:
         raise UserError(f"{path}: neither a folder nor a hub id that can be read "
-                        f"({str(error).splitlines()[0]})") from None
+                        f"({explain(error)})") from None
 
 
 def read_json(file):
+    """The object, a dict, in a JSON file."""
     try:
-        return json.loads(Path(file).read_text())
+        content = json.loads(Path(file).read_text())
     except ValueError as error:
         raise UserError(f"{file} is damaged ({error}); fetch it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is damaged (no JSON object); fetch it again")
+    return content
 
 
 def check_folder(path, what, needed):
     """One sentence for the commonest mistakes: a wrong path, a wrong folder."""
     if local_file(path, needed) is None:
-        inside = sorted(f.name for f in Path(path).iterdir())[:8] if Path(path).is_dir() else []
-        raise UserError(f"{path} is not {what}: no {needed} in it "
-                        f"(found: {', '.join(inside) or 'nothing'})")
+        found = ""
+        if Path(path).is_dir():
+            inside = sorted(f.name for f in Path(path).iterdir())[:8]
+            found = f" (found: {', '.join(inside) or 'nothing'})"
+        raise UserError(f"{path} is not {what}: no {needed} in it{found}")
 
 
 def load(network, path, **options):
@@ -301,7 +315,7 @@ def load(network, path, **options):
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         where = "/".join(filter(None, [path, options.get("subfolder")]))
         raise UserError(f"{where}: cannot be loaded as {network.__name__} "
-                        f"({str(error).strip().splitlines()[0]})") from None
+                        f"({explain(error)})") from None
 
 
 def load_vae(path, subfolder, keep):

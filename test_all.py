@@ -1442,7 +1442,10 @@ def test_train_help_shows_defaults_and_a_recipe_is_checked(tiny, tmp_path, capsy
     command[command.index("--base") + 1] = str(tmp_path / "base")
     for recipe, sentence in (('{"stepps": 3}', "stepps 3 is no flag"),
                              ('{"gamma": "0.5"}', "gamma '0.5' is no flag"), ("{", "is damaged"),
-                             ('{"optimizer": "sgd"}', "optimizer 'sgd' is no flag")):
+                             ('{"optimizer": "sgd"}', "optimizer 'sgd' is no flag"),
+                             ('{"lr_end": true}', "lr_end True is no flag"),
+                             ('{"out": "x"}', "out 'x' is no flag"),
+                             ('["lr"]', "is damaged (no JSON object)")):
         (tmp_path / "base/recipe.json").write_text(recipe)
         assert _train(*command) == 2
         error = capsys.readouterr().err
@@ -1466,6 +1469,59 @@ def test_train_nan_stops_before_the_step_and_names_the_files(tiny, tmp_path, cap
     assert all(torch.isfinite(v).all() for v in _state(tmp_path / "run")["unet"].values())
 
 
+def test_train_what_fails_after_good_steps_loses_none_of_them(tiny, tmp_path, capsys, monkeypatch):
+    """Validation without memory; a checkpoint cut short; a cache that cannot be written."""
+    import train
+
+    def no_memory(*args):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: tried 9")
+
+    monkeypatch.setattr(train, "validate", no_memory)
+    command = _command(tiny, tmp_path / "run")
+    assert _train(*command, "--val_every", "2", "--save_every", "9") == 2
+    assert "error: out of memory; add --checkpointing" in capsys.readouterr().err
+    assert _state(tmp_path / "run")["step"] == 2
+    file = tmp_path / "run/training.pt"
+    for cut in (file.read_bytes()[:5000], b"", b"text"):
+        file.write_bytes(cut)
+        assert _train("--resume", "--out", str(tmp_path / "run")) == 2
+        error = capsys.readouterr().err
+        assert "training.pt is damaged" in error and len(error.splitlines()) == 1
+
+    def full(*args):
+        raise safetensors.SafetensorError("Error while serializing: No space left on device")
+
+    monkeypatch.setattr(train, "save_file", full)
+    assert _train(*_command(tiny, tmp_path / "b"), "--cache", str(tmp_path / "cache")) == 2
+    error = capsys.readouterr().err
+    assert f"--cache {tmp_path / 'cache'}: cannot be written" in error and "No space" in error
+
+
+def test_model_parts_that_do_not_fit_are_one_sentence(tiny, tmp_path):
+    """Marigold's UNet takes eight channels, an inpainting one nine; a --vae may be of another
+    latent space."""
+    from diffusers import AutoencoderTiny, UNet2DConditionModel
+
+    shutil.copytree(tiny / "base", tmp_path / "base")
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "base", subfolder="unet")
+    UNet2DConditionModel.from_config(unet.config, in_channels=8).save_pretrained(
+        tmp_path / "base/unet")
+    sentence = _refused(UserError, FiffDepth.from_pretrained, tmp_path / "base")
+    assert "its UNet takes 8 channels and gives 4, the autoencoder has 4" in sentence
+    AutoencoderTiny(latent_channels=16, encoder_block_out_channels=(8,) * 3,
+                    decoder_block_out_channels=(8,) * 3, num_encoder_blocks=(1,) * 3,
+                    num_decoder_blocks=(1,) * 3).save_pretrained(tmp_path / "vae")
+    sentence = _refused(UserError, FiffDepth.from_pretrained, tiny / "base", tmp_path / "vae")
+    assert "the autoencoder has 16" in sentence
+    shutil.copytree(tiny / "teacher", tmp_path / "teacher")
+    file = tmp_path / "teacher/preprocessor_config.json"
+    config = json.loads(file.read_text())
+    del config["image_std"]
+    file.write_text(json.dumps(config))
+    assert "no image_mean and image_std" in _refused(
+        UserError, Teacher.from_pretrained, tmp_path / "teacher")
+
+
 def test_train_two_processes_take_the_same_first_steps_as_one(tiny, finished, tmp_path):
     """torchrun with gloo, the same global batch; sums in another order, so equal up to rounding."""
     out = tmp_path / "run"
@@ -1486,7 +1542,10 @@ def test_train_two_processes_take_the_same_first_steps_as_one(tiny, finished, tm
     (["--batch", "5"], "--batch 5 is not a multiple"), (["--gamma", "2"], "--gamma 2.0"),
     (["--steps", "0"], "--steps 0"), (["--data", "nano=/nowhere"], "/nowhere"),
     (["--data", "bananas=/tmp"], "bananas"), (["--base", "/nowhere"], "/nowhere"),
-    (["--teacher", "/nowhere"], "/nowhere"), (["--device", "abacus"], "--device abacus")])
+    (["--teacher", "/nowhere"], "/nowhere"), (["--device", "abacus"], "--device abacus"),
+    (["--lr_end", "0"], "--lr_end 0: a share"), (["--lr_end", "2"], "--lr_end 2: a share"),
+    (["--val", "photos=."], "--val photos=.: has no depth"),
+    (["--out", "/dev/null/x"], "--out /dev/null/x: cannot be made a folder")])
 def test_train_mistakes_are_one_sentence(tiny, tmp_path, capsys, arguments, sentence, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     command = _command(tiny, tmp_path / "run")
@@ -2826,13 +2885,13 @@ def test_nano_pretrain_makes_a_base_and_a_teacher_and_resumes(tmp_path, monkeypa
     pretrain.main(["generator", "teacher", *arguments])
     model = FiffDepth.from_pretrained(out / "generator")
     samples = tmp_path / "assets/samples.png"
-    assert model.factor == 8 and Image.open(samples).size[0] == 4 * 128  # four frames are there
+    assert model.factor == 8 and Image.open(samples).size == (8 * 128, 128)  # 4 drawn, 4 learned
     drawn = samples.read_bytes()
     samples.unlink()
     pretrain.main(["samples", *arguments])  # again, from what is on disk
     assert samples.read_bytes() == drawn
     (tmp_path / "work/generator_early.pt").unlink()
-    with pytest.raises(SystemExit, match="generator_early.pt is not there; first: python nano"):
+    with pytest.raises(SystemExit, match="generator_early.pt is not there, or of another net"):
         pretrain.main(["samples", *arguments])
     latents = torch.zeros(1, 32, 4, 4).shape  # a network does not push itself away from itself
     plain = draw(model, model, latents, guidance=0.0, steps=3)
@@ -2925,11 +2984,20 @@ def test_nano_ablate_a_run_that_fails_is_one_sentence(small_world, tmp_path):
     sys.path.insert(0, str(HERE / "nano"))
     import ablate
 
+    common = ["full", "--seeds", "1", "--data", str(tmp_path), "--base", str(small_world / "base"),
+              "--teacher", str(small_world / "teacher"), "--work", str(tmp_path / "work"),
+              "--results", str(tmp_path / "r.jsonl")]
+    with pytest.raises(SystemExit, match="clean/test: expected a folder"):  # before any training
+        ablate.main(common)
+    for style in ("clean", "wild"):
+        shutil.copytree(small_world / "data" / style / "test", tmp_path / style / "test")
     with pytest.raises(SystemExit, match="1 of 1 runs failed; the first: train.py stopped with 2: "
                                          "error: --data nano="):
-        ablate.main(["full", "--seeds", "1", "--data", str(tmp_path), "--base",
-                     str(small_world / "base"), "--teacher", str(small_world / "teacher"),
-                     "--work", str(tmp_path / "work"), "--results", str(tmp_path / "r.jsonl")])
+        ablate.main(common)
+    with open(tmp_path / "r.jsonl", "w") as file:
+        file.write('{"step": 1}\n')  # a line of another log
+    with pytest.raises(SystemExit, match="r.jsonl, line 1: damaged"):
+        ablate.main(["--report", "--results", str(tmp_path / "r.jsonl")])
 
 
 def test_nano_ablate_names_a_held_out_frame_it_cannot_read(tiny, tmp_path):

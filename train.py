@@ -16,10 +16,11 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,10 +35,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import (BadFrame, BadFrames, FrameSet, MixedBatches, Sample, UserError, normalize_teacher,
-                  parse_sources)
+from data import (BadFrame, BadFrames, FrameSet, MixedBatches, Sample, UserError, explain,
+                  normalize_teacher, parse_sources)
 from evaluate import score
-from infer import choose_device
+from infer import choose_device, make_folder
 from losses import add_noise, blend, gradient_matching, low_pass, mae, trajectory_loss
 from model import FiffDepth, Teacher, read_json
 
@@ -52,12 +53,13 @@ FREE_ON_RESUME = {"resume", "out", "workers", "device", "save_every", "val_every
 
 def flags():
     """Every hyper-parameter, once: name, default, unit and section. The checkpoint keeps them."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 
     def add(name, default, text, **options):
         if not options and default is not None:
             options = {"type": type(default)}
+        if default not in (None, False, []):  # nothing to say of these
+            text += " (default: %(default)s)"
         parser.add_argument(name, default=default, help=text, **options)
 
     sets = {"nargs": "+", "action": "extend", "metavar": "NAME=PATH"}
@@ -67,7 +69,8 @@ def flags():
         "training sets: hypersim, vkitti, nano (with depth), photos (real; Sec. 4.1)",
         **sets)
     add("--list", [], "list files in Marigold's form, to select and order a set's frames", **sets)
-    add("--val", None, "held-out sets; default: the last frames of the first synthetic set", **sets)
+    add("--val", None, "held-out sets; without it the small world's wild/val or, with --data, the "
+        "last frames of the first set with depth", **sets)
     add("--base", f"{small}/weights/generator", "generator to start from (Sec. 3.1); a recipe.json "
         "in it replaces defaults of this list", **place)
     add("--teacher", f"{small}/weights/teacher", "source of pseudo-labels (Sec. 3.3)", **place)
@@ -133,10 +136,13 @@ def read_flags(argv):
     file = Path(a["base"]) / "recipe.json"  # what suits a small generator, e.g. its learning rate
     recipe = read_json(file) if file.exists() else {}
     for name, value in recipe.items():
-        kinds = (str, list) if usual.get(name) is None else (int, type(usual[name]))
-        if (name not in usual or not isinstance(value, kinds)
+        kind = type(usual.get(name))
+        fits = (isinstance(value, (str, list)) if kind is type(None) else
+                type(value) in ((int, float) if kind is float else (kind,)))
+        if (name not in usual or name in ("base", "out", "resume") or not fits
                 or name in words and value not in words[name]):
-            raise UserError(f"{file}: {name} {value!r} is no flag of train.py, or no value of it")
+            raise UserError(f"{file}: {name} {value!r} is no flag that a recipe may set, or no "
+                            "value of it")
     recipe = {k: v for k, v in recipe.items() if k not in given}
     if "data" not in given and "val" not in given:
         a["val"] = [f"nano={HERE}/nano/data/wild/val"]
@@ -158,7 +164,7 @@ def stored_flags(out, given):
 
 def check_flags(a):
     lowest = {"steps": 1, "micro": 1, "batch": 1, "save_every": 1, "val_frames": 1, "val_every": 0,
-              "warmup": 0, "workers": 0, "seed": 0, "lr": 0, "lr_end": 0, "weight_decay": 0,
+              "warmup": 0, "workers": 0, "seed": 0, "lr": 0, "weight_decay": 0,
               "max_bad": 0, "clip": 1e-9, "lambda_k": 0, "lambda_mae": 0, "lambda_gm": 0,
               "filter_noise": 0, "lambda_low": 0}
     for name, low in lowest.items():
@@ -166,6 +172,8 @@ def check_flags(a):
             raise UserError(f"--{name} {getattr(a, name)}: must be at least {low}")
     if not 0 <= a.gamma <= 1:
         raise UserError(f"--gamma {a.gamma}: a share, between 0 and 1")
+    if not 0 < a.lr_end <= 1:  # 0 to any power is 0: nothing would be learned after the warm-up
+        raise UserError(f"--lr_end {a.lr_end:g}: a share of --lr, above 0 and at most 1")
     return a
 
 
@@ -239,8 +247,11 @@ class Step(nn.Module):
         return training_step(self.model, z, eps, t, self.a, hiss)
 
 
+# ---------------------------------------------------------------- the optimiser
+
+
 def lr_at(step, a):
-    """Linear warm-up, then exponential decay to lr_end · lr at the last step."""
+    """Linear warm-up, then exponential decay towards lr_end · lr, reached after the last step."""
     if step < a.warmup:
         return a.lr * (step + 1) / a.warmup
     return a.lr * a.lr_end ** ((step - a.warmup) / max(1, a.steps - a.warmup))
@@ -303,9 +314,13 @@ class LatentSet:
         try:
             kept = load_file(file)
         except (FileNotFoundError, SafetensorError):  # not there yet, or cut short by a power loss
-            kept = self.encode(i, flip)
-            save_file(kept, f"{file}.{os.getpid()}")
-            os.replace(f"{file}.{os.getpid()}", file)
+            kept, part = self.encode(i, flip), f"{file}.{os.getpid()}"
+            try:
+                save_file(kept, part)
+                os.replace(part, file)
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"--cache {self.folder.parent}: cannot be written "
+                                f"({explain(error)}); is the disk full?") from None
         name = f"{self.name}/{self.frames[i].rgb}"
         return Sample(kept["x0"], kept["label"], kept.get("mask"), name)
 
@@ -356,11 +371,11 @@ def open_sets(a):
                         "train without pseudo-labels")
     real = None if a.no_teacher else FrameSet("photos", *sources["photos"], size=synthetic[0].size)
     if a.val:
-        held_out = [FrameSet(name, *source, space=a.target, cap=a.val_frames)
+        held_out = [FrameSet(name, *source, space=a.target, cap=a.val_frames, flag="--val")
                     for name, source in parse_sources(a.val, flag="--val").items()]
         for frames in held_out:
             if frames.layout.depth is None:
-                raise UserError(f"--val {frames.name}={frames.path}: has no depth to compare with")
+                raise UserError(f"{frames.source}: has no depth to compare with")
         return synthetic, real, held_out
     first = synthetic[0]
     held_out = copy.copy(first)
@@ -403,7 +418,7 @@ def save_checkpoint(r, step):
         r.model.save_pretrained(out)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--out {out}: the checkpoint cannot be written "
-                        f"({str(error).splitlines()[0]}); is the disk full?") from None
+                        f"({explain(error)}); is the disk full?") from None
 
 
 def load_checkpoint(out, model, optimizer, frames, made_of):
@@ -411,7 +426,11 @@ def load_checkpoint(out, model, optimizer, frames, made_of):
     if not (out / "training.pt").exists():
         print(f"--resume: no checkpoint in {out} yet, so the run starts again", file=sys.stderr)
         return 0, []
-    state = torch.load(out / "training.pt", map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(out / "training.pt", map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"--resume: {out}/training.pt is damaged ({explain(error)}); copy it "
+                        "again, or start a new --out") from None
     if state["frames"] != frames:
         raise UserError(f"--resume: the sets of {out} had {state['frames']} frames and have "
                         f"{frames} now, so that the order would change; restore them, or start a "
@@ -624,6 +643,17 @@ def write_log(log, line):
     log.flush()
 
 
+@contextmanager
+def rescue(r, done, saved):
+    """Whatever fails inside leaves the weights alone: the steps done before it are saved."""
+    try:
+        yield
+    except Exception:
+        if r.team.rank == 0 and saved != done:
+            save_checkpoint(r, done)
+        raise
+
+
 def train(r, loader, held_out, first):
     """The loop of Sec. 4.1, from step `first` -> the number of steps done."""
     a, out, main_process = r.a, Path(r.a.out), r.team.rank == 0
@@ -636,12 +666,8 @@ def train(r, loader, held_out, first):
         for group in r.optimizer.param_groups:
             group["lr"] = lr_at(step, a)
         r.model.unet.zero_grad()
-        try:
+        with rescue(r, done, saved):
             terms = gradients(r, loader, step)
-        except Exception:  # this step was not taken, but those before it are good
-            if main_process and saved != done:
-                save_checkpoint(r, done)
-            raise
         if terms is None:
             break  # the step under way is dropped, and repeated on resume
         r.optimizer.step()
@@ -655,8 +681,9 @@ def train(r, loader, held_out, first):
         shown = " ".join(f"{k} {v:.3f}" for k, v in terms.items())
         bar.set_postfix_str(f"{shown}, {rate:.1f} pictures/s")
         if a.val_every and (done % a.val_every == 0 or done == a.steps):
-            preview = out / f"preview_{done:06d}.png"
-            scores = validate(r.model, r.teacher, held_out, r.device, preview)
+            with rescue(r, done, saved):
+                preview = out / f"preview_{done:06d}.png"
+                scores = validate(r.model, r.teacher, held_out, r.device, preview)
             write_log(log, {"step": done, **scores})
             if scores["val_frames"]:
                 tqdm.write("step {}: held out AbsRel {:.1f} %, delta1 {:.1f} %, boundary F1 {:.3f}"
@@ -671,6 +698,19 @@ def train(r, loader, held_out, first):
     return done
 
 
+def load_networks(a, team, device, size):
+    """-> the model, ready to be trained, and the teacher or None."""
+    model = FiffDepth.from_pretrained(a.base, vae=a.vae).to(device)
+    teacher = None if a.no_teacher else Teacher.from_pretrained(a.teacher).to(device)
+    model.info = {"target": a.target, "size": size, "base": a.base,
+                  "teacher": None if a.no_teacher else a.teacher, "processes": team.size,
+                  "flags": vars(a)}
+    model.unet.train()
+    if a.checkpointing:
+        model.unet.enable_gradient_checkpointing()
+    return model, teacher
+
+
 def run(a, recipe):
     """One run, from flags to the last line -> exit status."""
     team, device = start_team(a.device)
@@ -678,16 +718,10 @@ def run(a, recipe):
     if not a.resume and any((out / name).exists() for name in ("training.pt", "unet")):
         raise UserError(f"--out {out} already holds a run or a model; add --resume to go on with "
                         "a run, or choose another folder")
+    make_folder(out)  # now, not after minutes of loading
     synthetic, real, held_out = open_sets(a)
     sets = synthetic + ([real] if real else [])
-    model = FiffDepth.from_pretrained(a.base, vae=a.vae).to(device)
-    teacher = Teacher.from_pretrained(a.teacher).to(device) if real else None
-    model.info = {"target": a.target, "size": max(synthetic[0].size), "base": a.base,
-                  "teacher": a.teacher if real else None, "processes": team.size,
-                  "flags": vars(a)}
-    model.unet.train()
-    if a.checkpointing:
-        model.unet.enable_gradient_checkpointing()
+    model, teacher = load_networks(a, team, device, size=max(synthetic[0].size))
     make = {"adamw": torch.optim.AdamW, "muon": Muon}[a.optimizer]
     optimizer = make(model.unet.parameters(), lr=a.lr, weight_decay=a.weight_decay,
                      fused=device.type == "cuda")
@@ -699,7 +733,6 @@ def run(a, recipe):
     bad.add([name for s in sets for name in s.missing])
     bad.check(sum(frames.values()), a.max_bad)
     if team.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
         (out / "flags.json.tmp").write_text(json.dumps(vars(a), indent=1) + "\n")
         os.replace(out / "flags.json.tmp", out / "flags.json")
         cut_log(out / "log.jsonl", first)
@@ -756,11 +789,15 @@ def main(argv=None):
         return run(*read_flags(argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        # on a CPU want of memory is a plain RuntimeError
+        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+            raise
         print("error: out of memory; add --checkpointing, which a run may also --resume with, or "
               "start with a smaller --micro", file=sys.stderr)
     except OSError as error:
-        print(f"error: {error.filename or '--out'}: {error.strerror or error}", file=sys.stderr)
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"error: {place}{error.strerror or explain(error)}", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted before the first step", file=sys.stderr)
         return 130

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from data import BadFrame, FrameSet, UserError  # noqa: E402
+from data import FrameSet, UserError  # noqa: E402
 from evaluate import pair_accuracy, random_pairs, score  # noqa: E402
 from infer import predict_image  # noqa: E402
 from model import FiffDepth, Teacher  # noqa: E402
@@ -153,10 +153,7 @@ def scores_on(model, folder, count):
     of those that all measures could score."""
     frames, rows = FrameSet("nano", folder), []
     for i in range(min(count, len(frames))):
-        try:
-            rgb, depth, valid = frames.read(i)
-        except BadFrame as error:
-            raise UserError(f"{folder / frames.frames[i].rgb}: {error}") from None
+        rgb, depth, valid = frames.named(frames.read, i)
         pred, space = predict_image(model, rgb), model.info["target"]
         pairs = random_pairs(depth, valid, zlib.crc32(frames.names[i].encode()))
         rows.append((*score(pred, depth, valid, space, frames.layout),
@@ -324,7 +321,7 @@ def main(argv=None):
             a.results.parent.mkdir(parents=True, exist_ok=True)
             run_all(a.variants, a)
         print("\n".join(report(a)))
-    except (UserError, BadFrame, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)

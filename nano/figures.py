@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from data import BadFrame, FrameSet, UserError, normalize_teacher  # noqa: E402
+from data import FrameSet, UserError, normalize_teacher  # noqa: E402
 from evaluate import score  # noqa: E402
 from infer import colorize, predict_image  # noqa: E402
 from losses import add_noise, blend  # noqa: E402
@@ -44,7 +44,7 @@ class World:
     def maps(self, i):
         """Frame i -> rgb uint8 [H, W, 3], and maps [H, W] in [-1, 1]:
         d_0, d_-1, teacher, truth."""
-        sample = self.frames.sample(i, False)
+        sample = self.frames.named(self.frames.sample, i, False)
         return self.frames.read(i)[0], *self.predictions(sample.rgb), sample.depth[0].numpy()
 
     @torch.no_grad()
@@ -106,7 +106,7 @@ def strip(w):
 @torch.no_grad()
 def trajectory(w):
     """Eq. 2: what is noised, for three gammas, from the clean blend b_0 to pure noise."""
-    sample, model = w.frames.sample(0, False), w.model
+    sample, model = w.frames.named(w.frames.sample, 0, False), w.model
     x0, d0 = model.encode(sample.rgb[None]), model.encode(sample.depth[None])
     eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     times, rows, gammas = (None, 100, 300, 500, 700, 999), [], (1.0, 0.5, 0.0)
@@ -159,7 +159,7 @@ def ablation(w):
     from ablate import VARIANTS, last_experiment, run_folder
 
     runs = w.a.runs / last_experiment(w.a.results)
-    rows, names = [[w.frames.read(i)[0] for i in w.shown]], ["picture"]
+    rows, names = [[w.frames.named(w.frames.read, i)[0] for i in w.shown]], ["picture"]
     for name in VARIANTS:
         model = FiffDepth.from_pretrained(run_folder(runs, name, 0))
         rows.append([colorize(predict_image(model, rgb), "disparity") for rgb in rows[0]])
@@ -169,8 +169,8 @@ def ablation(w):
 
 
 def cloud(w):
-    """The paper's Fig. 1: d_0 as points in space, seen from the camera and from beside it. Scale,
-    shift and field of view are assumed: depth 1..6, 60 degrees."""
+    """The paper's Fig. 1: d_0 as points in space, seen from a little behind the camera and from
+    either side. Scale, shift and field of view are assumed: depth 1..6, 60 degrees."""
     rows = []
     for i in w.shown:
         rgb, d0, *_ = w.maps(i)
@@ -203,7 +203,7 @@ def failures(w):
     """The held-out scenes with the lowest delta1 after alignment: what the weights do not know."""
     scored = []
     for i in range(min(w.a.frames, len(w.frames))):
-        rgb, depth, valid = w.frames.read(i)
+        rgb, depth, valid = w.frames.named(w.frames.read, i)
         pred = predict_image(w.model, rgb)
         scored.append((score(pred, depth, valid, "disparity", w.frames.layout)[1], i))
     worst = sorted(scored)[:w.a.rows]
@@ -216,7 +216,7 @@ def photos(w):
     frames = FrameSet("photos", w.a.photos, size=(w.model.info["size"],) * 2)
     rows = []
     for i in range(len(frames)):
-        rgb = frames.sample(i, False).rgb
+        rgb = frames.named(frames.sample, i, False).rgb
         d0, _, label = w.predictions(rgb)
         rows.append([pixels(rgb), *(colorize(m, "disparity") for m in (d0, label))])
     return sheet(rows, ("picture", "d_0", "teacher"))
@@ -244,8 +244,10 @@ def main(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("figures", nargs="*", default=list(FIGURES), help=", ".join(FIGURES))
-    add("--checkpoint", default=str(HERE / "weights/fiffdepth"), metavar="DIR|HUB_ID")
-    add("--teacher", default=str(HERE / "weights/teacher"), metavar="DIR|HUB_ID")
+    add("--checkpoint", default=str(HERE / "weights/fiffdepth"), metavar="DIR|HUB_ID",
+        help="FiffDepth whose maps are drawn")
+    add("--teacher", default=str(HERE / "weights/teacher"), metavar="DIR|HUB_ID",
+        help="teacher drawn beside it (Sec. 3.3)")
     add("--data", type=Path, default=HERE / "data", help="folder that nano/scenes.py wrote")
     add("--runs", type=Path, default=root / "runs/ablate", help="what nano/ablate.py trained")
     add("--results", type=Path, default=HERE / "ablation.jsonl", help="and what it scored")
@@ -265,8 +267,10 @@ def main(argv=None):
         a.out.mkdir(parents=True, exist_ok=True)
         for name in a.figures:
             missing += not draw(name, world)
-    except (UserError, BadFrame, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
     if missing:
         sys.exit(1)
 
@@ -275,7 +279,7 @@ def draw(name, world):
     """One figure -> whether it could be drawn; the others do not wait for what it lacks."""
     try:
         picture, file = FIGURES[name](world), world.a.out / f"{name}.png"
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return False
     picture.save(file) if isinstance(picture, Image.Image) else picture.savefig(file)

@@ -1,6 +1,6 @@
 """From nothing to what the paper takes for granted: an autoencoder, a generator and a teacher.
 
-    python nano/pretrain.py                    # all four stages; four and a half hours on one core
+    python nano/pretrain.py                    # all four stages; over four hours on two cores
     python nano/pretrain.py teacher --teacher_steps 500
 
 Each stage is a function; each writes its state every two minutes to --work and goes on from there
@@ -26,14 +26,15 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BadFrame, FrameSet, UserError  # noqa: E402
+from data import FrameSet, UserError  # noqa: E402
 from evaluate import score  # noqa: E402
 from losses import add_noise, gradient_matching, mae, velocity  # noqa: E402
 from model import SD_SCHEDULE, FiffDepth, Teacher, load_vae  # noqa: E402
 from train import Muon, cut_log, latent_space, read_flags, save_sheet  # noqa: E402
 
 CHANNELS = 32  # of the latent space
-STAGES = ("vae", "decoder", "generator", "teacher")
+WITH_DEPTH = ("clean/train", "wild/labelled")  # what the autoencoder learns from
+PICTURES = ("clean/train", "wild/train")  # and the generator, without the depth
 # What suits so small a generator; train.py reads it beside the weights, flags of its own win.
 RECIPE = {"steps": 8000, "batch": 64, "micro": 16, "optimizer": "muon", "lr": 4e-3, "lr_end": 0.02,
           "filter_noise": 0.5, "lambda_low": 1.0, "cache": "runs/cache", "save_every": 100,
@@ -57,13 +58,22 @@ def load_frames(folder, depth, count):
 
 
 def compact(frames, i):
-    try:
-        sample = frames.sample(i, False)
-    except BadFrame as error:
-        raise UserError(f"{frames.path / frames.frames[i].rgb}: {error}; remove it and its depth, "
-                        "and nano/scenes.py renders it again") from None
+    sample = frames.named(frames.sample, i, False)
     rgb = ((sample.rgb + 1) * 127.5).round().to(torch.uint8)
     return rgb, None if sample.depth is None else sample.depth[:1].half()
+
+
+def training_pictures(a, count):
+    """The first `count` pictures of clean/train and of wild/train, uint8 [N, 3, H, W]."""
+    # clean as a set with depth: among mere pictures its depth maps would count as some
+    return torch.cat([load_frames(a.data / folder, folder in WITH_DEPTH, count)[0]
+                      for folder in PICTURES])
+
+
+def used(a, folder, count):
+    """How many frames of a set are used, and the bytes of their pictures: tells worlds apart."""
+    files = sorted((a.data / folder).glob("rgb_*.png"))[:count]
+    return [len(files), sum(file.stat().st_size for file in files)]
 
 
 def to_float(rgb):
@@ -201,7 +211,7 @@ def train_vae(a):
         return {"rgb": reconstruction(y_rgb, rgb), "depth": map_reconstruction(y_depth, depth),
                 "kl": 1e-4 * z.float().square().mean()}
 
-    minutes = fit("vae", vae, loss_of, a, [len(x) for x in (*pictures, *maps)])
+    minutes = fit("vae", vae, loss_of, a, [used(a, folder, a.vae_frames) for folder in WITH_DEPTH])
     vae.eval()
     with torch.no_grad():  # latents of unit variance, as the generator's noise schedule expects
         z = torch.cat([vae.encode(to_float(rgb[:256])).latent for rgb in pictures])
@@ -243,8 +253,8 @@ def train_decoder(a):
         return {"rgb": 0.25 * reconstruction(y_rgb, rgb),
                 "depth": map_reconstruction(y_depth, depth)}
 
-    minutes = fit("decoder", vae.decoder, loss_of, a,
-                  [latent_space(vae), len(maps[0]), len(maps[1])])
+    minutes = fit("decoder", vae.decoder, loss_of, a, [
+        latent_space(vae), *(used(a, folder, a.decoder_frames) for folder in WITH_DEPTH)])
     vae.eval().save_pretrained(a.work / "vae_tuned")
     card(a, "decoder", minutes, a.decoder_steps, vae.decoder, round_trip(vae, a))
     made = a.out / "generator/vae"
@@ -255,11 +265,12 @@ def train_decoder(a):
 def vae_frames(a, count):
     """-> pictures and disparity maps, of the clean and of the labelled wild set."""
     return tuple(zip(*(load_frames(a.data / folder, True, count)
-                       for folder in ("clean/train", "wild/labelled"))))
+                       for folder in WITH_DEPTH)))
 
 
 def draw(stores, n, g):
-    """n random frames, as many from each store -> float [n, C, H, W]"""
+    """n random frames (one less where n is odd), as many from each of the two stores
+    -> float [n, C, H, W]"""
     each = max(1, n // len(stores))
     return torch.cat([array[torch.randint(len(array), (each,), generator=g)].float()
                       for array in stores])
@@ -277,8 +288,8 @@ def round_trip(vae, a, n=128):
 def held_out_scores(predict, a, n=256):
     """predict: data.Sample -> disparity map [H, W]; means over held-out wild frames."""
     frames = FrameSet("nano", a.data / "wild/test")
-    scores = [score(predict(frames.sample(i, False)), *frames.read(i)[1:], "disparity",
-                    frames.layout) for i in range(min(n, len(frames)))]
+    scores = [score(predict(frames.named(frames.sample, i, False)), *frames.read(i)[1:],
+                    "disparity", frames.layout) for i in range(min(n, len(frames)))]
     error, share, f1 = np.nanmean(scores, 0).tolist()
     return {"abs_rel_percent": round(100 * error, 2), "delta1_percent": round(100 * share, 2),
             "boundary_f1": round(f1, 3)}
@@ -300,11 +311,13 @@ def new_unet(prompt_width=32):
 
 
 def new_generator(a):
-    vae = best_vae(a)
+    vae, unet = best_vae(a), new_unet()
     # two tokens that mean nothing
-    prompt = torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(0))
-    info = {"target": "disparity", "size": 128, "base": "nano/pretrain.py", "flags": {}}
-    return FiffDepth(new_unet(), vae,
+    prompt = torch.randn(1, 2, unet.config.cross_attention_dim,
+                         generator=torch.Generator().manual_seed(0))
+    size = max(FrameSet("nano", a.data / "clean/train", cap=1).size)
+    info = {"target": "disparity", "size": size, "base": "nano/pretrain.py", "flags": {}}
+    return FiffDepth(unet, vae,
                      DDPMScheduler(**SD_SCHEDULE, prediction_type="v_prediction"), prompt, info)
 
 
@@ -323,8 +336,9 @@ def train_generator(a):
         v = model.eps_hat(add_noise(x0, eps, a_bar), t)
         return {"v": F.mse_loss(v.float(), velocity(x0, eps, a_bar))}
 
-    minutes = fit("generator", model.unet, loss_of, a, [latent_space(model.vae), len(latents)],
-                  muon=True, early=max(1, a.generator_steps // 32))
+    minutes = fit("generator", model.unet, loss_of, a, [
+        latent_space(model.vae), *(used(a, folder, a.generator_frames) for folder in PICTURES)],
+        muon=True, early=max(1, a.generator_steps // 32))
     model.vae = best_vae(a)  # its decoder may have been trained meanwhile
     model.save_pretrained(a.out / "generator", torch.float16)
     (a.out / "generator/recipe.json").write_text(json.dumps(RECIPE, indent=1) + "\n")
@@ -335,15 +349,12 @@ def train_generator(a):
 
 
 def latent_store(a, model):
-    """Latents of all training pictures, [N, CHANNELS, h, w] float16, kept in --work for this
-    encoder."""
-    counts = [min(a.generator_frames, len(list((a.data / folder).glob("rgb_*.png"))))
-              for folder in ("clean/train", "wild/train")]
-    file = a.work / "latents_{}_{}_{}.pt".format(latent_space(model.vae)[:12], *counts)
+    """Latents of the first --generator_frames pictures of each set, [N, CHANNELS, h, w] float16,
+    kept in --work for this encoder and these pictures."""
+    of = [number for folder in PICTURES for number in used(a, folder, a.generator_frames)]
+    file = a.work / "latents_{}_{}_{}_{}_{}.pt".format(latent_space(model.vae)[:12], *of)
     if not file.exists():
-        rgb = torch.cat([load_frames(a.data / "clean/train", True, a.generator_frames)[0],
-                         load_frames(a.data / "wild/train", False, a.generator_frames)[0]])
-        chunks = tqdm(rgb.split(16), desc="encoding")
+        chunks = tqdm(training_pictures(a, a.generator_frames).split(16), desc="encoding")
         latents = torch.cat([model.encode(to_float(chunk)).half() for chunk in chunks])
         torch.save(latents, f"{file}.tmp")
         os.replace(f"{file}.tmp", file)
@@ -355,13 +366,13 @@ def draw_samples(a, n=16):
     the autoencoder returns them: does it know its world? -> assets/samples.png"""
     model, early = (FiffDepth.from_pretrained(a.out / "generator") for _ in range(2))
     file = a.work / "generator_early.pt"
-    if not file.exists():
-        raise UserError(f"{file} is not there; first: python nano/pretrain.py generator "
-                        "(it writes this file after a 32nd of its steps)")
-    early.unet.load_state_dict(torch.load(file, weights_only=True))
-    frames = load_frames(a.data / "clean/train", True, n // 2)[0], load_frames(
-        a.data / "wild/train", False, n // 2)[0]
-    learned = model.encode(to_float(torch.cat(frames)))
+    state = torch.load(file, weights_only=True) if file.exists() else {}
+    if shapes(state) != shapes(early.unet.state_dict()):
+        raise UserError(f"{file} is not there, or of another network; a generator writes it after a "
+                        f"32nd of its steps: remove {a.work / 'generator.pt'} and run "
+                        "python nano/pretrain.py generator")
+    early.unet.load_state_dict(state)
+    learned = model.encode(to_float(training_pictures(a, n // 2)))
     rgb = torch.cat([model.decode_image(z).clamp(-1, 1)
                      for z in (sample_latents(model, early, learned.shape), learned)])
     a.assets.mkdir(exist_ok=True, parents=True)
@@ -474,15 +485,15 @@ def ship(a):
     if not (run / "log.jsonl").exists():
         raise UserError(f"{run} holds no run; first: python train.py")
     model = FiffDepth.from_pretrained(run)
-    flags = "".join(f" --{k}" if v is True else f" --{k} {' '.join(v) if type(v) is list else v}"
-                    for k, v in changed_flags(model.info["flags"]).items()).replace(f"{root}/", "")
-    model.info = json.loads(json.dumps(model.info).replace(f"{root}/", ""))
-    model.save_pretrained(a.out / "fiffdepth", torch.float16)
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     steps = [line for line in log if "loss" in line]
     if len(steps) < model.info["flags"]["steps"]:
         raise UserError(f"{run} is at step {len(steps)} of {model.info['flags']['steps']}; "
                         "finish it: python train.py --resume")
+    flags = "".join(f" --{k}" if v is True else f" --{k} {' '.join(v) if type(v) is list else v}"
+                    for k, v in changed_flags(model.info["flags"]).items()).replace(f"{root}/", "")
+    model.info = json.loads(json.dumps(model.info).replace(f"{root}/", ""))
+    model.save_pretrained(a.out / "fiffdepth", torch.float16)
     minutes = sum(model.info["flags"]["batch"] / line["pictures_per_second"] for line in steps) / 60
     last = {k: v for k, v in log[-1].items() if k.startswith("val_")}
     n = model.info["processes"]
@@ -519,12 +530,16 @@ def card(a, stage, minutes, steps, net, scores, command=None, seed=0):
     print(stage, cards[stage])
 
 
+STAGES = {"vae": train_vae, "decoder": train_decoder, "generator": train_generator,
+          "teacher": train_teacher, "samples": draw_samples, "ship": ship}
+
+
 def main(argv=None):
     here = Path(__file__).resolve().parent
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("stages", nargs="*", default=STAGES,
+    add("stages", nargs="*", default=["vae", "decoder", "generator", "teacher"],
         help="vae, decoder, generator, teacher; samples draws the generator's picture again; "
              "ship puts what train.py made into --out")
     add("--data", type=Path, default=here / "data", help="folder that nano/scenes.py wrote")
@@ -546,13 +561,15 @@ def main(argv=None):
     a = parser.parse_args(argv)
     a.defaults = vars(parser.parse_args([]))
     for stage in a.stages:
-        if stage not in (*STAGES, "samples", "ship"):
-            parser.error(f"unknown stage {stage}: choose from {', '.join(STAGES)}, samples, ship")
+        if stage not in STAGES:
+            parser.error(f"unknown stage {stage}: choose from {', '.join(STAGES)}")
+    for name, value in vars(a).items():
+        if name.endswith(("_steps", "_batch", "_frames")) and value < 1:
+            parser.error(f"--{name} {value}: must be at least 1")
     try:
         for stage in a.stages:
-            {"vae": train_vae, "decoder": train_decoder, "generator": train_generator,
-             "teacher": train_teacher, "samples": draw_samples, "ship": ship}[stage](a)
-    except (UserError, BadFrame, OSError) as error:
+            STAGES[stage](a)
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the state of at most two minutes ago",

@@ -293,7 +293,8 @@ def skin(g, style, base=None):
 
 
 def place(prims, parts, at, yaw, scale, skins):
-    """Puts an object's parts into the world at the point at [3]."""
+    """Puts an object's parts into the world at the point at [3]; skins: of its slots, each part
+    wears one on all sides."""
     turn = rotation(yaw)
     for p in parts:
         local = turn if p.turn is None else turn @ p.turn
@@ -320,8 +321,10 @@ class Scene(NamedTuple):
     sky: np.ndarray  # [2, 3] zenith, horizon
 
 
-def furnish(g, style, prims, kinds, n, x_at, z_range, eye, skins_of):
-    """Drops n objects that neither overlap nor block the camera; some carry a small one on top."""
+def furnish(g, style, prims, kinds, x_at, z_range, eye):
+    """Drops 4 to 9 objects that neither overlap nor block the camera; some carry a small one.
+    x_at: draws where across, at a distance z"""
+    n = int(g.integers(4, 10))
     taken = [(eye[0], eye[2], 0.5)]
     for _ in range(4 * n):
         z = g.uniform(*z_range)
@@ -336,12 +339,12 @@ def furnish(g, style, prims, kinds, n, x_at, z_range, eye, skins_of):
         quarter = g.integers(4) * math.pi / 2
         yaw = (quarter + g.normal(0, 0.1) if style == "clean" or g.random() < 0.3
                else g.uniform(0, 6.3))
-        place(prims, parts, np.array([x, 0, z]), yaw, scale, skins_of())
+        place(prims, parts, np.array([x, 0, z]), yaw, scale, three(g, style))
         top = parts[0]
         if top.kind == "box" and top.centre[1] < 0.9 and g.random() < 0.5:
             up = scale * (top.centre[1] + top.half[1])
             small = SMALL[style][g.integers(len(SMALL[style]))](g)
-            place(prims, small, np.array([x, up, z]), g.uniform(0, 6.3), 0.7, skins_of())
+            place(prims, small, np.array([x, up, z]), g.uniform(0, 6.3), 0.7, three(g, style))
         if len(taken) > n:
             return
 
@@ -349,62 +352,15 @@ def furnish(g, style, prims, kinds, n, x_at, z_range, eye, skins_of):
 def build(seed, style):
     """A seed (list of ints) -> Scene, and the generator,
     which goes on to draw the camera's faults."""
-    g = np.random.default_rng(seed)
-    wild, room = style == "wild", g.random() < 0.6
-    prims = []
-
-    def three():
-        return [skin(g, style) for _ in range(3)]
-
+    g = np.random.default_rng(seed)  # another order of the draws is another world
+    wild, indoors = style == "wild", g.random() < 0.6
     height = g.uniform(0.9, 2.2) if wild else g.uniform(1.0, 1.8)
     pitch = g.uniform(0.0, 0.4) if wild else g.uniform(0.0, 0.3)
     roll = g.normal(0, 0.06 if wild else 0.01)
     fov = math.radians(g.uniform(55, 85) if wild else g.uniform(55, 75))
-    spread = math.tan(fov / 2)
     # nearer than this, the foot of a thing lies below the frame and nothing tells how far it stands
-    seen = height / math.tan(pitch + fov / 2) if wild else 0.0
-    if room:
-        w, deep, h = g.uniform(1.4, 3.5), g.uniform(2.5, 6.0), g.uniform(2.3, 3.6)
-        height = min(height, h - 0.4)
-        eye = np.array([g.uniform(-0.4, 0.4) * w, height, 0])
-        floor, wall, roof = (skin(g, style), skin(g, style),
-                             skin(g, style, g.uniform(0.5, 0.9) * np.ones(3)))
-        prims.append(axis_box("room", (-w, 0, -1.5), (w, h, deep), (wall, roof, floor)))
-        for _ in range(g.integers(0, 4)):  # pictures, windows, doors: thin boxes on the far wall
-            x, y, s, q = (g.uniform(-w, w), g.uniform(0.9, 2), g.uniform(0.2, 0.6),
-                          g.uniform(0.2, 0.5))
-            prims.append(axis_box("box", (x - s, y - q, deep - 0.04), (x + s, y + q, deep),
-                                  (skin(g, style),) * 3))
-        yaw = g.normal(0, 0.35 if wild else 0.15)
-        light = np.array([g.uniform(-0.8, 0.8) * w, h - 0.2, g.uniform(0, 0.9) * deep])
-        near = min(max(1.5, seen), deep - 0.8)
-        furnish(g, style, prims, INDOOR[style], int(g.integers(4, 10)),
-                lambda z: g.uniform(-1, 1) * min(w - 0.3,
-                                                 eye[0] + (z + 0.3) * spread * 1.1 + 0.2),
-                (near, deep - 0.3), eye, three)
-    else:
-        eye, yaw = np.array([0, height, 0.0]), 0.0
-        prims.append(Prim("ground", np.zeros(3), np.eye(3), np.ones(3), (skin(g, style),) * 3))
-        light = np.array([g.normal(0, 1), g.uniform(0.5, 1.5), g.normal(-0.3, 0.8)])
-        back = g.uniform(4, 11)
-        x = -back * spread * 1.3
-        # a street front, a hedge or hills behind
-        while x < back * spread * 1.3 and g.random() < 0.93:
-            w, h, z = g.uniform(1, 4.5), g.uniform(0.6, 4.5), back * g.uniform(0.8, 1.3)
-            if wild and g.random() < 0.6:
-                part = Part("ellipsoid", (0, 0, 0), (w * 1.3, h, g.uniform(1, 4)))
-            else:
-                part = Part("box", (0, h, 0), (w, h, g.uniform(1, 4)))
-            place(prims, [part], np.array([x + w, 0, z]), g.normal(0, 0.2), 1, three())
-            x += 2 * w * g.uniform(0.8, 1.2)
-        for side in (-1, 1):  # a house front or a hedge along the way
-            if g.random() < 0.4:
-                x, h, z = side * g.uniform(1.5, 4), g.uniform(0.8, 4), g.uniform(1, 4)
-                prims.append(axis_box("box", (min(x, 3 * x), 0, z),
-                                      (max(x, 3 * x), h, z + g.uniform(2, back)), three()))
-        near = min(max(2.5, seen), back - 1)
-        furnish(g, style, prims, OUTDOOR[style], int(g.integers(4, 10)),
-                lambda z: g.uniform(-1.1, 1.1) * z * spread, (near, back), eye, three)
+    foot = height / math.tan(pitch + fov / 2) if wild else 0.0
+    prims, eye, yaw, light = (room if indoors else yard)(g, style, height, math.tan(fov / 2), foot)
     warm = (np.array([1, g.uniform(0.75, 1), g.uniform(0.5, 1.1)]) if wild
             else np.array([1, 0.97, 0.92]))
     sky = np.array([[0.35, 0.55, 0.95], [0.8, 0.88, 1]])
@@ -412,8 +368,63 @@ def build(seed, style):
         sky = (sky + (sky.mean(1, keepdims=True) - sky) * g.uniform(0, 1)
                + g.normal(0, 0.08, (2, 3)) + g.uniform(-0.3, 0.2))
         sky = np.clip(sky, 0.1, 1.2)
-    return Scene(prims, eye, rotation(yaw, pitch, roll), fov, light, room, warm,
+    return Scene(prims, eye, rotation(yaw, pitch, roll), fov, light, indoors, warm,
                  g.uniform(0.15, 0.5) if wild else 0.35, sky), g
+
+
+def three(g, style):
+    return [skin(g, style) for _ in range(3)]
+
+
+def room(g, style, height, spread, foot):
+    """Walls, things on the far one, furniture -> prims, eye [3], yaw, the lamp [3], metres.
+    spread: tan(fov / 2)"""
+    w, deep, h = g.uniform(1.4, 3.5), g.uniform(2.5, 6.0), g.uniform(2.3, 3.6)
+    eye = np.array([g.uniform(-0.4, 0.4) * w, min(height, h - 0.4), 0])
+    floor, wall, roof = (skin(g, style), skin(g, style),
+                         skin(g, style, g.uniform(0.5, 0.9) * np.ones(3)))
+    prims = [axis_box("room", (-w, 0, -1.5), (w, h, deep), (wall, roof, floor))]
+    for _ in range(g.integers(0, 4)):  # pictures, windows, doors: thin boxes on the far wall
+        x, y, s, q = (g.uniform(-w, w), g.uniform(0.9, 2), g.uniform(0.2, 0.6),
+                      g.uniform(0.2, 0.5))
+        prims.append(axis_box("box", (x - s, y - q, deep - 0.04), (x + s, y + q, deep),
+                              (skin(g, style),) * 3))
+    yaw = g.normal(0, 0.35 if style == "wild" else 0.15)
+    light = np.array([g.uniform(-0.8, 0.8) * w, h - 0.2, g.uniform(0, 0.9) * deep])
+
+    def x_at(z):  # between the walls, and in view
+        return g.uniform(-1, 1) * min(w - 0.3, eye[0] + (z + 0.3) * spread * 1.1 + 0.2)
+
+    near = min(max(1.5, foot), deep - 0.8)
+    furnish(g, style, prims, INDOOR[style], x_at, (near, deep - 0.3), eye)
+    return prims, eye, yaw, light
+
+
+def yard(g, style, height, spread, foot):
+    """Ground, something behind, perhaps something along the way, things -> as room; the light is
+    a direction."""
+    eye = np.array([0, height, 0.0])
+    prims = [Prim("ground", np.zeros(3), np.eye(3), np.ones(3), (skin(g, style),) * 3)]
+    light = np.array([g.normal(0, 1), g.uniform(0.5, 1.5), g.normal(-0.3, 0.8)])
+    back = g.uniform(4, 11)
+    x = -back * spread * 1.3
+    # a street front, a hedge or hills behind
+    while x < back * spread * 1.3 and g.random() < 0.93:
+        w, h, z = g.uniform(1, 4.5), g.uniform(0.6, 4.5), back * g.uniform(0.8, 1.3)
+        if style == "wild" and g.random() < 0.6:
+            part = Part("ellipsoid", (0, 0, 0), (w * 1.3, h, g.uniform(1, 4)))
+        else:
+            part = Part("box", (0, h, 0), (w, h, g.uniform(1, 4)))
+        place(prims, [part], np.array([x + w, 0, z]), g.normal(0, 0.2), 1, three(g, style))
+        x += 2 * w * g.uniform(0.8, 1.2)
+    for side in (-1, 1):  # a house front or a hedge along the way
+        if g.random() < 0.4:
+            x, h, z = side * g.uniform(1.5, 4), g.uniform(0.8, 4), g.uniform(1, 4)
+            prims.append(axis_box("box", (min(x, 3 * x), 0, z),
+                                  (max(x, 3 * x), h, z + g.uniform(2, back)), three(g, style)))
+    furnish(g, style, prims, OUTDOOR[style], lambda z: g.uniform(-1.1, 1.1) * z * spread,
+            (min(max(2.5, foot), back - 1), back), eye)
+    return prims, eye, 0.0, light
 
 
 # ---------------------------------------- rays: o [3, 1] or [3, N] and d [3, N] in unit coordinates
@@ -496,6 +507,7 @@ def lit(scene, points):
     start = points + 0.004 * d / np.linalg.norm(d, axis=0)
     free = np.ones(points.shape[1], bool)
     for prim in scene.prims:
+        # rooms and grounds enclose everything; what is this small has a shadow below a pixel
         if prim.kind in ("room", "ground") or prim.half.max() < 0.03:
             continue
         m = prim.to_unit.astype(np.float32)
@@ -564,9 +576,9 @@ def shade(scene, rays, depth, which, sun, pixel, style):
         length = np.linalg.norm(to_light, axis=0)
         cosine = (normal * to_light).sum(0) / length
         power = 6 / (2 + length**2) if scene.room else 1.2
-        ground = (0.55 + 0.45 * np.clip(world[1] / 0.4, 0, 1)
-                  if prim.kind not in ("room", "ground") else 1)
-        ambient = scene.ambient * (0.7 + 0.3 * normal[1]) * ground
+        contact = (0.55 + 0.45 * np.clip(world[1] / 0.4, 0, 1)  # less light near the floor
+                   if prim.kind not in ("room", "ground") else 1)
+        ambient = scene.ambient * (0.7 + 0.3 * normal[1]) * contact
         if prim.kind == "room":  # corners receive less light
             near = np.sort(prim.half[:, None] * (1 - np.abs(q)), axis=0)[1]
             ambient = ambient * (0.45 + 0.55 * np.clip(near / 0.6, 0, 1))
@@ -706,13 +718,13 @@ def make(a):
                  if not (folder / f"rgb_{i:05d}.png").exists()]
     ready = next(iter(sorted(a.out.rglob("rgb_*.png"))), None)
     if ready and max(Image.open(ready).size) != a.size:
-        raise OSError(f"holds frames of {Image.open(ready).size[0]} pixels, not --size {a.size}; "
-                      "choose another folder")
+        sys.exit(f"error: {a.out}: holds frames of {Image.open(ready).size[0]} pixels, not --size "
+                 f"{a.size}; choose another folder")
     with get_context("spawn").Pool(a.workers, ignore_interrupts) as pool:
         for _ in tqdm(pool.imap_unordered(write, jobs, chunksize=8), total=len(jobs), unit="frame"):
             pass
     print(f"{a.out}: clean/train {a.clean}, wild/train {a.wild}, wild/labelled {a.labelled}, "
-          f"test {a.test} each")
+          f"test {a.test} each, wild/val {a.val}")
 
 
 if __name__ == "__main__":
