@@ -16,7 +16,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import signal
 import sys
 import time
@@ -428,7 +427,7 @@ def load_checkpoint(out, model, optimizer, frames, made_of):
         return 0, []
     try:
         state = torch.load(out / "training.pt", map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # the reader of a damaged file stumbles over anything
         raise UserError(f"--resume: {out}/training.pt is damaged ({explain(error)}); copy it "
                         "again, or start a new --out") from None
     if state["frames"] != frames:
