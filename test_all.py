@@ -2918,6 +2918,41 @@ def test_nano_pretrain_makes_a_base_and_a_teacher_and_resumes(tmp_path, monkeypa
                   "--max_bad", "0.5", "--device", "cpu") == 0
 
 
+def test_nano_ship_keeps_how_the_weights_came_about(tiny, finished, tmp_path):
+    sys.path.insert(0, str(HERE / "nano"))
+    import pretrain
+
+    def ship(run):
+        pretrain.main(["ship", "--run", str(run), "--out", str(tmp_path / "out"),
+                       "--assets", str(tmp_path / "assets")])
+        return json.loads((tmp_path / "out/card.json").read_text())["fiffdepth"]
+
+    def on(name, base):
+        command = _command(tiny, tmp_path / name, steps=1)
+        command[command.index("--base") + 1] = str(base)
+        assert _train(*command) == 0
+        return tmp_path / name
+
+    first = ship(finished)
+    steps = len([line for line in _log(finished) if "loss" in line])
+    assert first["steps"] == steps and first["command"].startswith("python train.py --data nano=")
+    shipped = FiffDepth.from_pretrained(tmp_path / "out/fiffdepth")
+    trained = FiffDepth.from_pretrained(finished)
+    for a, b in zip(shipped.unet.parameters(), trained.unet.parameters()):
+        assert torch.equal(a, b.half().float())
+    assert (tmp_path / "assets/preview.png").exists()
+    second = ship(on("second", shutil.copytree(tmp_path / "out/fiffdepth", tmp_path / "copy")))
+    assert second["steps"] == steps + 1  # it went on from what was shipped
+    assert second["command"].startswith(first["command"] + "; python train.py ")
+    third = ship(on("third", tiny / "base"))  # and this one did not
+    assert third["steps"] == 1 and ";" not in third["command"]
+    (tmp_path / "third/log.jsonl").write_text("")
+    kept = (tmp_path / "out/fiffdepth/fiffdepth.json").read_bytes()
+    with pytest.raises(SystemExit, match="is at step 0 of 1; finish it"):
+        ship(tmp_path / "third")
+    assert (tmp_path / "out/fiffdepth/fiffdepth.json").read_bytes() == kept
+
+
 @pytest.fixture(scope="session")
 def small_world(tiny, tmp_path_factory):
     """Four scenes of each kind at 64 pixels, and the tiny generator and teacher with a recipe."""

@@ -10,6 +10,7 @@ layout.
 Not needed to understand the paper.
 """
 import argparse
+import filecmp
 import json
 import math
 import os
@@ -29,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import FrameSet, UserError  # noqa: E402
 from evaluate import score  # noqa: E402
 from losses import add_noise, gradient_matching, mae, velocity  # noqa: E402
-from model import SD_SCHEDULE, FiffDepth, Teacher, load_vae  # noqa: E402
+from model import SD_SCHEDULE, FiffDepth, Teacher, load_vae, read_json  # noqa: E402
 from train import Muon, cut_log, latent_space, read_flags, save_sheet  # noqa: E402
 
 CHANNELS = 32  # of the latent space
@@ -478,10 +479,9 @@ def teacher_scores(a):
 
 
 def ship(a):
-    """runs/fiffdepth -> nano/weights/fiffdepth in half precision,
-    without the paths of this machine."""
-    root = Path(__file__).resolve().parent.parent
-    run = root / "runs/fiffdepth"
+    """--run -> fiffdepth/ in --out, in half precision and without the paths of this machine. A run
+    that went on from the weights that it now replaces goes on in the card, too."""
+    root, run = Path(__file__).resolve().parent.parent, a.run
     if not (run / "log.jsonl").exists():
         raise UserError(f"{run} holds no run; first: python train.py")
     model = FiffDepth.from_pretrained(run)
@@ -490,16 +490,23 @@ def ship(a):
     if len(steps) < model.info["flags"]["steps"]:
         raise UserError(f"{run} is at step {len(steps)} of {model.info['flags']['steps']}; "
                         "finish it: python train.py --resume")
-    flags = "".join(f" --{k}" if v is True else f" --{k} {' '.join(v) if type(v) is list else v}"
-                    for k, v in changed_flags(model.info["flags"]).items()).replace(f"{root}/", "")
+    flags = model.info["flags"]
+    words = "".join(f" --{k}" if v is True else f" --{k} {' '.join(v) if type(v) is list else v}"
+                    for k, v in changed_flags(flags).items()).replace(f"{root}/", "")
+    n = model.info["processes"]
+    command = f"torchrun --nproc_per_node {n} train.py{words}" if n > 1 else f"python train.py{words}"
+    pictures = flags["batch"] / (2 if flags["no_teacher"] else 1)
+    minutes = sum(pictures / line["pictures_per_second"] for line in steps) / 60
+    count, weights = len(steps), "unet/diffusion_pytorch_model.safetensors"
+    start, shipped = Path(flags["base"]) / weights, a.out / "fiffdepth" / weights
+    if start.exists() and shipped.exists() and filecmp.cmp(start, shipped, shallow=False):
+        before = read_json(a.out / "card.json")["fiffdepth"]
+        command = f"{before['command']}; {command}"
+        minutes, count = minutes + before["minutes"], count + before["steps"]
     model.info = json.loads(json.dumps(model.info).replace(f"{root}/", ""))
     model.save_pretrained(a.out / "fiffdepth", torch.float16)
-    minutes = sum(model.info["flags"]["batch"] / line["pictures_per_second"] for line in steps) / 60
     last = {k: v for k, v in log[-1].items() if k.startswith("val_")}
-    n = model.info["processes"]
-    command = f"torchrun --nproc_per_node {n} train.py" if n > 1 else "python train.py"
-    card(a, "fiffdepth", minutes, len(steps), model.unet, last, command + flags,
-         model.info["flags"]["seed"])
+    card(a, "fiffdepth", minutes, count, model.unet, last, command, flags["seed"])
     a.assets.mkdir(exist_ok=True, parents=True)
     for sheet in sorted(run.glob("preview_*.png"))[-1:]:
         Image.open(sheet).save(a.assets / "preview.png")
@@ -546,6 +553,8 @@ def main(argv=None):
     add("--out", type=Path, default=here / "weights", help="finished weights")
     add("--work", type=Path, default=here.parent / "runs/pretrain",
         help="states to resume from, and logs")
+    add("--run", type=Path, default=here.parent / "runs/fiffdepth",
+        help="what ship takes: a finished run of train.py")
     add("--assets", type=Path, default=here.parent / "assets",
         help="where the generator's samples are drawn")
     for stage, steps, batch, lr, frames in (("vae", 8000, 8, 1e-3, 8000),
