@@ -2592,6 +2592,7 @@ def test_evaluate_a_users_mistakes_are_one_sentence(tmp_path, capsys):
             (["--predictions", tmp_path, "--space", "depth", "--size", "9", "--data", here],
              "--size has no meaning"),
             (["--speed", "--data", here], "--data has no meaning"),
+            (["--speed", "--frames", "5"], "--frames has no meaning"),
             (["--predictions", tmp_path / "no", "--space", "depth", "--data", here],
              "no such folder"),
             (["--data", here, "--space", "metric"], "only --predictions"),
@@ -2756,7 +2757,8 @@ def test_evaluate_speed_depth_pro_is_transformers():
 
 def test_evaluate_speed_flags_and_resuming(capsys, tmp_path, monkeypatch):
     for flags, words in ((["--speed_weights", "nobody=x"], "NAME=DIR with a NAME of depth_any"),
-                         (["--speed_images", "-1"], "at least 1")):
+                         (["--speed_images", "-1"], "at least 1"),
+                         (["--speed_images", "0"], "at least 1")):
         status, _, err = _evaluate(capsys, "--speed", "--device", "cpu", *flags, "--out",
                                    tmp_path / "s.jsonl")
         assert status == 2 and words in err and err.count("\n") == 1
