@@ -291,7 +291,7 @@ def main(argv=None):
     add = parser.add_argument
     add("variants", nargs="*", default=[*VARIANTS, *SWEEPS], help=", ".join(VARIANTS | SWEEPS))
     add("--seeds", type=int, default=3, help="runs of each")
-    add("--steps", type=int, default=400, help="optimiser steps of a run")
+    add("--steps", type=int, default=250, help="optimiser steps of a run")
     add("--frames", type=int, default=256, help="held-out frames scored of each style")
     add("--workers", type=int, default=2, help="runs at a time, each on its share of the cores")
     add("--data", type=Path, default=HERE / "data", help="folder that nano/scenes.py wrote")
@@ -300,7 +300,7 @@ def main(argv=None):
     add("--cache", type=Path, default=HERE.parent / "runs/cache", help="latents, shared by all")
     add("--work", type=Path, default=HERE.parent / "runs/ablate", help="runs and their logs")
     add("--results", type=Path, default=HERE / "ablation.jsonl", help="a line a run")
-    add("--more", default="", metavar="FLAGS",
+    add("--more", default="--warmup 20", metavar="FLAGS",
         help='further flags of every train.py: --more="--lr 1e-3 --no_flip"')
     add("--report", action="store_true",
         help="train nothing; the tables of the last experiment in --results")

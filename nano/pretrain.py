@@ -10,7 +10,6 @@ layout.
 Not needed to understand the paper.
 """
 import argparse
-import filecmp
 import json
 import math
 import os
@@ -24,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -497,9 +497,8 @@ def ship(a):
     command = f"torchrun --nproc_per_node {n} train.py{words}" if n > 1 else f"python train.py{words}"
     pictures = flags["batch"] / (2 if flags["no_teacher"] else 1)
     minutes = sum(pictures / line["pictures_per_second"] for line in steps) / 60
-    count, weights = len(steps), "unet/diffusion_pytorch_model.safetensors"
-    start, shipped = Path(flags["base"]) / weights, a.out / "fiffdepth" / weights
-    if start.exists() and shipped.exists() and filecmp.cmp(start, shipped, shallow=False):
+    count = len(steps)
+    if same_unet(Path(flags["base"]), a.out / "fiffdepth"):
         before = read_json(a.out / "card.json")["fiffdepth"]
         command = f"{before['command']}; {command}"
         minutes, count = minutes + before["minutes"], count + before["steps"]
@@ -510,6 +509,15 @@ def ship(a):
     a.assets.mkdir(exist_ok=True, parents=True)
     for sheet in sorted(run.glob("preview_*.png"))[-1:]:
         Image.open(sheet).save(a.assets / "preview.png")
+
+
+def same_unet(*folders):
+    """Whether two checkpoints are there and hold the same weights, in half precision."""
+    files = [folder / "unet/diffusion_pytorch_model.safetensors" for folder in folders]
+    if not all(file.exists() for file in files):
+        return False
+    a, b = map(load_file, files)
+    return shapes(a) == shapes(b) and all(torch.equal(a[k].half(), b[k].half()) for k in a)
 
 
 def changed_flags(flags):
