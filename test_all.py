@@ -3008,7 +3008,7 @@ def test_nano_ablate_trains_scores_and_skips_what_is_done(small_world, tmp_path,
     capsys.readouterr()
     ablate.main(["--report", "--results", str(tmp_path / "r.jsonl")])  # needs neither data nor nets
     shown = capsys.readouterr().out
-    assert "| full | 1 |" in shown and "2 steps a run, 2 scenes" in shown and "2 runs at" in shown
+    assert "| full | 1 |" in shown and "2 steps a run from base, 2 scenes" in shown and "2 runs at" in shown
     with pytest.raises(SystemExit, match="none.jsonl holds no runs; first: python nano/ablate.py"):
         ablate.main(["--report", "--results", str(tmp_path / "none.jsonl")])
     with open(tmp_path / "r.jsonl", "a") as file:

@@ -2,11 +2,15 @@
 
     python nano/ablate.py                    # variants and sweeps, three seeds each, two at a time
     python nano/ablate.py full "gamma 1" --seeds 5
+    python nano/ablate.py full "random weights" --base nano/weights/generator --steps 250 \\
+        --more="--warmup 20"
     python nano/ablate.py --report           # the tables alone, from nano/ablation.jsonl
 
-A run is one `train.py` from the same generator, scored on the held-out clean and wild scenes. What
-it scored is a line of nano/ablation.jsonl, and what is there is not computed again; a run that was
-interrupted goes on from its checkpoint.
+A run is one `train.py` from the same weights, scored on the held-out clean and wild scenes. Edges
+take longer to learn than an ablation of twenty runs can wait for: so by default all runs go on from
+the shipped FiffDepth, each with its own loss, and what it loses or gains is what its part is for.
+What a run scored is a line of nano/ablation.jsonl, and what is there is not computed again; a run
+that was interrupted goes on from its checkpoint.
 Not needed to understand the paper.
 """
 import argparse
@@ -40,7 +44,7 @@ from train import fingerprint  # noqa: E402
 
 STYLES = ("clean", "wild")  # of held-out scenes
 # Each variant is the paper's method, gamma 0.5 and lambda_k 0.2, less one of its parts: PAPER takes
-# away what the generator's recipe adds, and further flags what the name says.
+# away what a generator's recipe adds, and further flags what the name says.
 PAPER = ["--filter_noise", "0", "--lambda_low", "0"]
 VARIANTS = {
     "full": PAPER,
@@ -49,12 +53,12 @@ VARIANTS = {
     "no teacher": [*PAPER, "--no_teacher"],
     "teacher at d_0": [*PAPER, "--teacher_at_d0"],
     "random weights": [*PAPER, "--base", "random"],  # the same UNet, untrained
-    "our two flags": [],  # --filter_noise 0.5 --lambda_low 1, as in the shipped weights
+    "our two flags": ["--filter_noise", "0.5", "--lambda_low", "1"],  # as in the shipped weights
 }
 SWEEPS = {f"{name} {value}": [*PAPER, f"--{name}", str(value)]
           for name, values in (("gamma", (0, 0.25, 0.75)), ("lambda_k", (0.05, 0.5, 1)),
                                ("filter_noise", (0.5,)), ("lambda_low", (1,)))
-          for value in values} | {"adamw": [*PAPER, "--optimizer", "adamw", "--lr", "2e-3"]}
+          for value in values}
 MEASURES = {"abs_rel": "AbsRel, %", "delta1": "delta1, %", "f1": "boundary F1", "pairs": "pairs, %"}
 
 
@@ -92,7 +96,7 @@ def train_and_score(name, seed, a):
     if not trained:
         train_one(out, seed, flags, a)
     model, line = FiffDepth.from_pretrained(out), {
-        "of": a.of, "variant": name, "seed": seed, "steps": a.steps,
+        "of": a.of, "base": a.base.name, "variant": name, "seed": seed, "steps": a.steps,
         "seconds_a_step": round(seconds_a_step(out), 3), "workers": a.workers}
     for style in STYLES:
         line[style] = scores_on(model, a.data / style / "test", a.frames)
@@ -129,13 +133,13 @@ def train_one(out, seed, flags, a):
 
 def random_base(seed, a):
     """The generator's folder with a UNet that has learned nothing, another one for each seed."""
-    folder = a.work / f"untrained_{seed}"
-    if not (folder / "recipe.json").exists():
-        model = FiffDepth.from_pretrained(a.base)
-        torch.manual_seed(1 + seed)
-        model.unet = type(model.unet).from_config(model.unet.config)
-        model.save_pretrained(folder)
-        shutil.copy(a.base / "recipe.json", folder)
+    folder, recipe = a.work / f"untrained_{seed}", a.base / "recipe.json"
+    model = FiffDepth.from_pretrained(a.base)
+    torch.manual_seed(1 + seed)
+    model.unet = type(model.unet).from_config(model.unet.config)
+    model.save_pretrained(folder)
+    if recipe.exists():
+        shutil.copy(recipe, folder)
     return folder
 
 
@@ -192,8 +196,11 @@ def run_all(names, a):
 
 def results(a):
     """The lines of the results that belong to these weights and settings, one a run."""
-    return list({(line["variant"], line["seed"]): line
-                 for line in read_lines(a.results) if line["of"] == a.of}.values())
+    return one_a_run(line for line in read_lines(a.results) if line["of"] == a.of)
+
+
+def one_a_run(lines):
+    return list({(line["variant"], line["seed"]): line for line in lines}.values())
 
 
 def read_lines(file):
@@ -209,15 +216,27 @@ def read_lines(file):
     return lines
 
 
-def report(a):
+def reports(file):
+    """The tables of all experiments in the results, in the order of their last runs."""
+    experiments = {}
+    for line in read_lines(file):
+        experiments[line["of"]] = [*experiments.pop(line["of"], []), line]
+    if not experiments:
+        raise UserError(f"{file} holds no runs; first: python nano/ablate.py")
+    for lines in experiments.values():
+        yield from report(one_a_run(lines))
+        yield ""
+
+
+def report(lines):
     """Markdown: the table of variants and sweeps, then a verdict for each claim."""
-    lines = results(a)
     names = [name for name in VARIANTS | SWEEPS if any(x["variant"] == name for x in lines)]
     head = [f"{style}: {text}" for style in STYLES for text in MEASURES.values()]
     scored = min(line[style]["scored"] for line in lines for style in STYLES)
     at_a_time = ", ".join(sorted({str(line["workers"]) for line in lines}))
-    yield (f"{lines[0]['steps']} steps a run, {scored} scenes of each style, mean ± standard "
-           f"deviation over seeds; seconds a step: the fastest seed, {at_a_time} runs at a time")
+    yield (f"{lines[0]['steps']} steps a run from {lines[0]['base']}, {scored} scenes of each "
+           "style, mean ± standard deviation over seeds; seconds a step: the fastest seed, "
+           f"{at_a_time} runs at a time")
     yield ""
     yield "| variant | seeds | " + " | ".join(head) + " | seconds a step |"
     yield "|---" * (len(head) + 3) + "|"
@@ -289,21 +308,23 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("variants", nargs="*", default=[*VARIANTS, *SWEEPS], help=", ".join(VARIANTS | SWEEPS))
+    usual = [name for name in VARIANTS | SWEEPS if name != "random weights"]
+    add("variants", nargs="*", default=usual, help=", ".join(VARIANTS | SWEEPS))
     add("--seeds", type=int, default=3, help="runs of each")
-    add("--steps", type=int, default=250, help="optimiser steps of a run")
+    add("--steps", type=int, default=120, help="optimiser steps of a run")
     add("--frames", type=int, default=256, help="held-out frames scored of each style")
     add("--workers", type=int, default=2, help="runs at a time, each on its share of the cores")
     add("--data", type=Path, default=HERE / "data", help="folder that nano/scenes.py wrote")
-    add("--base", type=Path, default=HERE / "weights/generator", help="generator to start from")
+    add("--base", type=Path, default=HERE / "weights/fiffdepth",
+        help="weights to start from, of FiffDepth or of the generator")
     add("--teacher", type=Path, default=HERE / "weights/teacher", help="source of pseudo-labels")
     add("--cache", type=Path, default=HERE.parent / "runs/cache", help="latents, shared by all")
     add("--work", type=Path, default=HERE.parent / "runs/ablate", help="runs and their logs")
     add("--results", type=Path, default=HERE / "ablation.jsonl", help="a line a run")
-    add("--more", default="--warmup 20", metavar="FLAGS",
-        help='further flags of every train.py: --more="--lr 1e-3 --no_flip"')
+    add("--more", metavar="FLAGS", help='further flags of every train.py: --more="--no_flip"',
+        default="--batch 64 --micro 16 --optimizer muon --lr 1e-3 --lr_end 0.02 --warmup 10")
     add("--report", action="store_true",
-        help="train nothing; the tables of the last experiment in --results")
+        help="train nothing; the tables of all experiments in --results")
     a = parser.parse_args(argv)
     for name in a.variants:
         if name not in VARIANTS | SWEEPS:
@@ -313,14 +334,14 @@ def main(argv=None):
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         if a.report:
-            a.of = last_experiment(a.results)
-        else:
-            a.of, a.lock, a.children = identity(a), threading.Lock(), []
-            a.work = a.work / a.of
-            a.work.mkdir(parents=True, exist_ok=True)
-            a.results.parent.mkdir(parents=True, exist_ok=True)
-            run_all(a.variants, a)
-        print("\n".join(report(a)))
+            print("\n".join(reports(a.results)))
+            return
+        a.of, a.lock, a.children = identity(a), threading.Lock(), []
+        a.work = a.work / a.of
+        a.work.mkdir(parents=True, exist_ok=True)
+        a.results.parent.mkdir(parents=True, exist_ok=True)
+        run_all(a.variants, a)
+        print("\n".join(report(results(a))))
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -330,15 +351,14 @@ def main(argv=None):
 
 def identity(a):
     """Of all that the runs have in common; other weights or settings are another experiment."""
-    if not (a.base / "recipe.json").exists():
-        raise UserError(f"--base {a.base}: no recipe.json in it, the flags that all runs share")
     for style in STYLES:  # now: a wrong folder must not wait for the first training to end
         FrameSet("nano", a.data / style / "test")
     base = FiffDepth.from_pretrained(a.base)
     nets = (base.unet, base.vae, Teacher.from_pretrained(a.teacher))
     frames = [len(list((a.data / folder).glob("rgb_*.png")))
               for folder in ("clean/train", "wild/train", "clean/test", "wild/test")]
-    made_of = [[fingerprint(net) for net in nets], (a.base / "recipe.json").read_text(), frames,
+    recipe = a.base / "recipe.json"
+    made_of = [[fingerprint(net) for net in nets], recipe.exists() and recipe.read_text(), frames,
                a.steps, a.frames, a.more]
     return hashlib.sha1(json.dumps(made_of).encode()).hexdigest()[:8]
 

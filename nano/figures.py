@@ -155,13 +155,17 @@ def radial_power(values):
 
 
 def ablation(w):
-    """Fig. 7: d_0 of every variant that nano/ablate.py trained last, seed 0, and the truth."""
+    """Fig. 7: d_0 of the variants that nano/ablate.py trained last, seed 0, and the truth."""
     from ablate import VARIANTS, last_experiment, run_folder
 
     runs = w.a.runs / last_experiment(w.a.results)
+    trained = {name: folder for name in VARIANTS
+               if (folder := run_folder(runs, name, 0)).exists()}
+    if not trained:
+        raise UserError(f"{runs}: its runs are not there; first: python nano/ablate.py")
     rows, names = [[w.frames.named(w.frames.read, i)[0] for i in w.shown]], ["picture"]
-    for name in VARIANTS:
-        model = FiffDepth.from_pretrained(run_folder(runs, name, 0))
+    for name, folder in trained.items():
+        model = FiffDepth.from_pretrained(folder)
         rows.append([colorize(predict_image(model, rgb), "disparity") for rgb in rows[0]])
         names.append(name)
     rows.append([colorize(w.maps(i)[4], "disparity") for i in w.shown])
