@@ -311,8 +311,8 @@ def main(argv=None):
     usual = [name for name in VARIANTS | SWEEPS if name != "random weights"]
     add("variants", nargs="*", default=usual, help=", ".join(VARIANTS | SWEEPS))
     add("--seeds", type=int, default=3, help="runs of each")
-    add("--steps", type=int, default=120, help="optimiser steps of a run")
-    add("--frames", type=int, default=256, help="held-out frames scored of each style")
+    add("--steps", type=int, default=80, help="optimiser steps of a run")
+    add("--frames", type=int, default=128, help="held-out frames scored of each style")
     add("--workers", type=int, default=2, help="runs at a time, each on its share of the cores")
     add("--data", type=Path, default=HERE / "data", help="folder that nano/scenes.py wrote")
     add("--base", type=Path, default=HERE / "weights/fiffdepth",
