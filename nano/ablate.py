@@ -3,7 +3,7 @@
     python nano/ablate.py                    # variants and sweeps, three seeds each, two at a time
     python nano/ablate.py full "gamma 1" --seeds 5
     python nano/ablate.py full "random weights" --base nano/weights/generator --steps 250 \\
-        --more="--warmup 20"
+        --frames 256 --more="--warmup 20"
     python nano/ablate.py --report           # the tables alone, from nano/ablation.jsonl
 
 A run is one `train.py` from the same weights, scored on the held-out clean and wild scenes. Edges
