@@ -1437,6 +1437,11 @@ def test_train_help_shows_defaults_and_a_recipe_is_checked(tiny, tmp_path, capsy
         _train("--help")
     assert "Eq. 2; 1 = ablation: image only (default: 0.5)" in " ".join(
         capsys.readouterr().out.split())
+    import train
+
+    texts = {action.dest: action.help for action in train.flags()._actions}
+    assert all("(default: " in texts[name] for name in ("filter_noise", "seed", "out"))  # 0 is one
+    assert not any("(default: " in texts[name] for name in ("vae", "resume", "list"))
     shutil.copytree(tiny / "base", tmp_path / "base")
     command = _command(tiny, tmp_path / "run")
     command[command.index("--base") + 1] = str(tmp_path / "base")

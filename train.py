@@ -57,7 +57,7 @@ def flags():
     def add(name, default, text, **options):
         if not options and default is not None:
             options = {"type": type(default)}
-        if default not in (None, False, []):  # nothing to say of these
+        if default or type(default) in (int, float):  # of None, False, [] there is nothing to say
             text += " (default: %(default)s)"
         parser.add_argument(name, default=default, help=text, **options)
 

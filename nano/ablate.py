@@ -39,7 +39,7 @@ sys.path.insert(0, str(HERE.parent))
 from data import FrameSet, UserError  # noqa: E402
 from evaluate import pair_accuracy, random_pairs, score  # noqa: E402
 from infer import predict_image  # noqa: E402
-from model import FiffDepth, Teacher  # noqa: E402
+from model import INFO_FILE, FiffDepth, Teacher  # noqa: E402
 from train import fingerprint  # noqa: E402
 
 STYLES = ("clean", "wild")  # of held-out scenes
@@ -134,12 +134,15 @@ def train_one(out, seed, flags, a):
 def random_base(seed, a):
     """The generator's folder with a UNet that has learned nothing, another one for each seed."""
     folder, recipe = a.work / f"untrained_{seed}", a.base / "recipe.json"
+    if (folder / INFO_FILE).exists():  # written last
+        return folder
+    folder.mkdir(exist_ok=True)
+    if recipe.exists():
+        shutil.copy(recipe, folder)
     model = FiffDepth.from_pretrained(a.base)
     torch.manual_seed(1 + seed)
     model.unet = type(model.unet).from_config(model.unet.config)
     model.save_pretrained(folder)
-    if recipe.exists():
-        shutil.copy(recipe, folder)
     return folder
 
 
