@@ -12,6 +12,7 @@ The test sets of the paper's tables are rows of TEST_SETS, with the same reader.
 
 A frame that cannot be used raises BadFrame with the reason: the mixture replaces and names it.
 """
+import argparse
 import io
 import math
 import os
@@ -39,6 +40,14 @@ class UserError(Exception):
         # A DataLoader worker's error arrives with its traceback in front; the sentence comes last.
         text = super().__str__()
         return text.split("UserError: ")[-1].strip() if text.startswith("Caught ") else text
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """--help with each flag's default; of None, False and [] there is nothing to say."""
+
+    def _get_help_string(self, action):
+        nothing = action.default is None or action.default is False or action.default == []
+        return action.help if nothing else super()._get_help_string(action)
 
 
 class BadFrame(Exception):

@@ -35,8 +35,8 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import (SETS, TEST_SETS, BadFrame, FrameSet, UserError, explain, open_image, open_root,
-                  parse_sources)
+from data import (SETS, TEST_SETS, BadFrame, FrameSet, HelpFormatter, UserError, explain,
+                  open_image, open_root, parse_sources)
 from infer import choose_device, load_model, predict_batch, predict_image
 from model import AUTHORS_INFO, SD_SCHEDULE, FiffDepth, Teacher
 
@@ -1365,7 +1365,7 @@ def run(a):
 
 def flags():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--data", nargs="+", action="extend", metavar="NAME=PATH",
         help="sets to score, folder or .tar: " + " ".join(TESTS) + "; without it, the small "

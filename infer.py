@@ -35,7 +35,8 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from data import IMAGE_SUFFIXES, BadFrame, UserError, explain, open_image, to_rgb, walk
+from data import (IMAGE_SUFFIXES, BadFrame, HelpFormatter, UserError, explain, open_image, to_rgb,
+                  walk)
 from model import FiffDepth, local_file
 
 if __name__ == "__main__":
@@ -386,7 +387,7 @@ def run(a):
 
 def flags():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     add = parser.add_argument
     add("images", nargs="*", metavar="IMAGE|FOLDER", default=[str(HERE / "examples")],
         help="pictures, and folders of them, with their sub-folders")

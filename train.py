@@ -34,8 +34,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import (BadFrame, BadFrames, FrameSet, MixedBatches, Sample, UserError, explain,
-                  normalize_teacher, parse_sources)
+from data import (BadFrame, BadFrames, FrameSet, HelpFormatter, MixedBatches, Sample, UserError,
+                  explain, normalize_teacher, parse_sources)
 from evaluate import score
 from infer import choose_device, make_folder
 from losses import add_noise, blend, gradient_matching, low_pass, mae, trajectory_loss
@@ -52,13 +52,12 @@ FREE_ON_RESUME = {"resume", "out", "workers", "device", "save_every", "val_every
 
 def flags():
     """Every hyper-parameter, once: name, default, unit and section. The checkpoint keeps them."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=HelpFormatter)
 
     def add(name, default, text, **options):
         if not options and default is not None:
             options = {"type": type(default)}
-        if default or type(default) in (int, float):  # of None, False, [] there is nothing to say
-            text += " (default: %(default)s)"
         parser.add_argument(name, default=default, help=text, **options)
 
     sets = {"nargs": "+", "action": "extend", "metavar": "NAME=PATH"}

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from data import FrameSet, UserError  # noqa: E402
+from data import FrameSet, HelpFormatter, UserError  # noqa: E402
 from evaluate import pair_accuracy, random_pairs, score  # noqa: E402
 from infer import predict_image  # noqa: E402
 from model import INFO_FILE, FiffDepth, Teacher  # noqa: E402
@@ -309,7 +309,7 @@ def verdict(better, than):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     add = parser.add_argument
     usual = [name for name in VARIANTS | SWEEPS if name != "random weights"]
     add("variants", nargs="*", default=usual, help=", ".join(VARIANTS | SWEEPS))

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from data import FrameSet, UserError, normalize_teacher  # noqa: E402
+from data import FrameSet, HelpFormatter, UserError, normalize_teacher  # noqa: E402
 from evaluate import score  # noqa: E402
 from infer import colorize, predict_image  # noqa: E402
 from losses import add_noise, blend  # noqa: E402
@@ -245,7 +245,7 @@ FIGURES = {f.__name__: f for f in (strip, trajectory, edges, spectrum, ablation,
 def main(argv=None):
     root = HERE.parent
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     add = parser.add_argument
     add("figures", nargs="*", default=list(FIGURES), help=", ".join(FIGURES))
     add("--checkpoint", default=str(HERE / "weights/fiffdepth"), metavar="DIR|HUB_ID",

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import FrameSet, UserError  # noqa: E402
+from data import FrameSet, HelpFormatter, UserError  # noqa: E402
 from evaluate import score  # noqa: E402
 from losses import add_noise, gradient_matching, mae, velocity  # noqa: E402
 from model import SD_SCHEDULE, FiffDepth, Teacher, load_vae, read_json  # noqa: E402
@@ -45,23 +45,23 @@ RECIPE = {"steps": 8000, "batch": 64, "micro": 16, "optimizer": "muon", "lr": 4e
 # ---------------------------------------------------------- data in memory, one loop for all stages
 
 
-def load_frames(folder, depth, count):
+def load_frames(folder, depth, count, shrink=lambda rgb, disparity: (rgb, disparity)):
     """A small-world folder -> rgb uint8 [N, 3, H, W], and normalised disparity float16
-    [N, 1, H, W] or None."""
+    [N, 1, H, W] or None. Each frame goes through `shrink` first: float rgb [3, H, W] and disparity
+    [1, H, W] or None, both in [-1, 1]."""
     frames = FrameSet("nano" if depth else "photos", folder)
     indices = range(min(count, len(frames)))
+
+    def compact(i):
+        sample = frames.named(frames.sample, i, False)
+        rgb, disparity = shrink(sample.rgb, sample.depth[:1] if depth else None)
+        return ((rgb + 1) * 127.5).round().to(torch.uint8), disparity.half() if depth else None
+
     with ThreadPoolExecutor() as pool:
-        samples = list(tqdm(pool.map(lambda i: compact(frames, i), indices),
-                            total=len(indices),
+        samples = list(tqdm(pool.map(compact, indices), total=len(indices),
                             desc=f"reading {folder.parent.name}/{folder.name}"))
     return (torch.stack([s[0] for s in samples]),
             torch.stack([s[1] for s in samples]) if depth else None)
-
-
-def compact(frames, i):
-    sample = frames.named(frames.sample, i, False)
-    rgb = ((sample.rgb + 1) * 127.5).round().to(torch.uint8)
-    return rgb, None if sample.depth is None else sample.depth[:1].half()
 
 
 def training_pictures(a, count):
@@ -431,32 +431,37 @@ def train_teacher(a):
     """Labelled wild frames only; its targets are blurred, so that it is right on the whole and soft
     at edges, as Depth Anything V2 is beside a diffusion model."""
     torch.manual_seed(0)
-    rgb, depth = load_frames(a.data / "wild/labelled", True, a.teacher_frames)
-    teacher = new_teacher()
+    teacher = Teacher.from_pretrained(a.teacher_base) if a.teacher_base else new_teacher()
+    earlier = gone_on_from(a, "teacher", a.teacher_base, "model.safetensors")
     teacher.net.requires_grad_(True).train()
 
-    with torch.no_grad():  # both at the network's size, once
+    def shrink(rgb, disparity):
+        """To the network's size, the target blurred before."""
         size = teacher.resized(*rgb.shape[-2:])
-        x_all = torch.cat([teacher.preprocess(to_float(part)).half() for part in rgb.split(256)])
-        soft = [blur((part.float() + 1) / 2, a.teacher_blur) for part in depth.split(256)]
-        target_all = torch.cat([F.interpolate(part, size, mode="area").half() for part in soft])
-    del rgb, depth, soft  # gigabytes
+        rgb = F.interpolate(rgb[None], size, mode="bicubic", antialias=True)[0].clamp(-1, 1)
+        soft = blur(disparity[None], a.teacher_blur)
+        return rgb, F.interpolate(soft, size, mode="area")[0]
+
+    pictures, maps = load_frames(a.data / "wild/labelled", True, a.teacher_frames, shrink)
 
     def loss_of(g, batch):
-        i = torch.randint(len(x_all), (batch,), generator=g)
+        i = torch.randint(len(pictures), (batch,), generator=g)
         flip = torch.rand(batch, 1, 1, 1, generator=g) < 0.5
-        x, target = (torch.where(flip, m[i].flip(-1), m[i]).float() for m in (x_all, target_all))
+        x, target = (torch.where(flip, m.flip(-1), m)
+                     for m in (teacher.preprocess(to_float(pictures[i])),
+                               (maps[i].float() + 1) / 2))
         tint = 1 + 0.1 * torch.randn(batch, 3, 1, 1, generator=g)
         out = teacher.net(x * tint).predicted_depth.float()[:, None]
         weight = 1 / (target + 0.25)  # far pixels weigh more, as in AbsRel
         return {"relative": ((out - target).abs() * weight).mean(),
                 "edges": gradient_matching(out, target)}
 
-    minutes = fit("teacher", teacher.net, loss_of, a, [a.teacher_blur])  # may go on with more data
+    minutes = fit("teacher", teacher.net, loss_of, a,  # may go on with more data
+                  [a.teacher_blur, str(a.teacher_base)], muon=True)
     teacher.net.eval().half().save_pretrained(a.out / "teacher")
     (a.out / "teacher/preprocessor_config.json").write_text(
         json.dumps(teacher.config, indent=1) + "\n")
-    card(a, "teacher", minutes, a.teacher_steps, teacher.net, teacher_scores(a))
+    card(a, "teacher", minutes, a.teacher_steps, teacher.net, teacher_scores(a), earlier=earlier)
 
 
 def blur(x, sigma):
@@ -497,27 +502,15 @@ def ship(a):
     command = f"torchrun --nproc_per_node {n} train.py{words}" if n > 1 else f"python train.py{words}"
     pictures = flags["batch"] / (2 if flags["no_teacher"] else 1)
     minutes = sum(pictures / line["pictures_per_second"] for line in steps) / 60
-    count = len(steps)
-    if same_unet(Path(flags["base"]), a.out / "fiffdepth"):
-        before = read_json(a.out / "card.json")["fiffdepth"]
-        command = f"{before['command']}; {command}"
-        minutes, count = minutes + before["minutes"], count + before["steps"]
+    earlier = gone_on_from(a, "fiffdepth", Path(flags["base"]),
+                           "unet/diffusion_pytorch_model.safetensors")
     model.info = json.loads(json.dumps(model.info).replace(f"{root}/", ""))
     model.save_pretrained(a.out / "fiffdepth", torch.float16)
     last = {k: v for k, v in log[-1].items() if k.startswith("val_")}
-    card(a, "fiffdepth", minutes, count, model.unet, last, command, flags["seed"])
+    card(a, "fiffdepth", minutes, len(steps), model.unet, last, command, flags["seed"], earlier)
     a.assets.mkdir(exist_ok=True, parents=True)
     for sheet in sorted(run.glob("preview_*.png"))[-1:]:
         Image.open(sheet).save(a.assets / "preview.png")
-
-
-def same_unet(*folders):
-    """Whether two checkpoints are there and hold the same weights, in half precision."""
-    files = [folder / "unet/diffusion_pytorch_model.safetensors" for folder in folders]
-    if not all(file.exists() for file in files):
-        return False
-    a, b = map(load_file, files)
-    return shapes(a) == shapes(b) and all(torch.equal(a[k].half(), b[k].half()) for k in a)
 
 
 def changed_flags(flags):
@@ -531,18 +524,35 @@ def changed_flags(flags):
 # ---------------------------------------------------------------- the command
 
 
-def card(a, stage, minutes, steps, net, scores, command=None, seed=0):
-    """Adds a stage to nano/weights/card.json: how it was made and what came out."""
+def card(a, stage, minutes, steps, net, scores, command=None, seed=0, earlier=None):
+    """Adds a stage to nano/weights/card.json: how it was made and what came out. `earlier` is the
+    card of the weights that it went on from."""
     flags = {k: v for k, v in vars(a).items() if k.startswith(f"{stage}_")}
     changed = "".join(f" --{k} {v}" for k, v in flags.items() if v != a.defaults[k])
+    command = command or f"python nano/pretrain.py {stage}{changed}"
+    if earlier:
+        command = f"{earlier['command']}; {command}"
+        minutes, steps = minutes + earlier["minutes"], steps + earlier["steps"]
     file = a.out / "card.json"
     a.out.mkdir(parents=True, exist_ok=True)
     cards = json.loads(file.read_text()) if file.exists() else {}
-    cards[stage] = {"command": command or f"python nano/pretrain.py {stage}{changed}",
-                    "steps": steps, "seed": seed, "minutes": round(minutes, 1),
+    flags = {k: str(v) if isinstance(v, Path) else v for k, v in flags.items()}
+    cards[stage] = {"command": command, "steps": steps, "seed": seed, "minutes": round(minutes, 1),
                     "parameters": sum(p.numel() for p in net.parameters()), **flags, **scores}
     file.write_text(json.dumps(cards, indent=1) + "\n")
     print(stage, cards[stage])
+
+
+def gone_on_from(a, stage, base, file):
+    """The card of a stage when `base` holds the weights, in half precision, that are now in --out
+    and are about to be replaced; else None."""
+    files = [folder / file for folder in (base, a.out / stage)] if base else []
+    if not files or not all(f.exists() for f in files):
+        return None
+    before, now = map(load_file, files)
+    same = shapes(before) == shapes(now) and all(
+        torch.equal(before[k].half(), now[k].half()) for k in now)
+    return read_json(a.out / "card.json")[stage] if same else None
 
 
 STAGES = {"vae": train_vae, "decoder": train_decoder, "generator": train_generator,
@@ -552,7 +562,7 @@ STAGES = {"vae": train_vae, "decoder": train_decoder, "generator": train_generat
 def main(argv=None):
     here = Path(__file__).resolve().parent
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     add = parser.add_argument
     add("stages", nargs="*", default=["vae", "decoder", "generator", "teacher"],
         help="vae, decoder, generator, teacher; samples draws the generator's picture again; "
@@ -573,6 +583,8 @@ def main(argv=None):
         add(f"--{stage}_batch", type=int, default=batch, help="pictures a step")
         add(f"--{stage}_lr", type=float, default=lr, help="peak learning rate")
         add(f"--{stage}_frames", type=int, default=frames, help="frames used of each set")
+    add("--teacher_base", type=Path,
+        help="weights for the teacher to go on from; random ones without it")
     add("--teacher_blur", type=float, default=1.5,
         help="sigma, in pixels, of the blur of the teacher's targets")
     a = parser.parse_args(argv)
