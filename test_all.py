@@ -2908,7 +2908,8 @@ def test_nano_pretrain_makes_a_base_and_a_teacher_and_resumes(tmp_path, monkeypa
     assert teacher(torch.zeros(1, 3, 128, 128)).shape == (1, 128, 128)
     before = shutil.copytree(out / "teacher", tmp_path / "before")
     (tmp_path / "work/teacher.pt").unlink()
-    pretrain.main(["teacher", *arguments, "--teacher_base", str(before), "--teacher_lr", "0"])
+    pretrain.main(["teacher", *arguments, "--teacher_base", str(before), "--teacher_lr", "0",
+                   "--teacher_optimizer", "muon"])
     kept, made = (Teacher.from_pretrained(folder) for folder in (before, out / "teacher"))
     assert all(map(torch.equal, kept.parameters(), made.parameters()))  # it went on from there
     cards = json.loads((out / "card.json").read_text())

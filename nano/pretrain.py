@@ -457,7 +457,7 @@ def train_teacher(a):
                 "edges": gradient_matching(out, target)}
 
     minutes = fit("teacher", teacher.net, loss_of, a,  # may go on with more data
-                  [a.teacher_blur, str(a.teacher_base)], muon=True)
+                  [a.teacher_blur, str(a.teacher_base)], muon=a.teacher_optimizer == "muon")
     teacher.net.eval().half().save_pretrained(a.out / "teacher")
     (a.out / "teacher/preprocessor_config.json").write_text(
         json.dumps(teacher.config, indent=1) + "\n")
@@ -585,6 +585,8 @@ def main(argv=None):
         add(f"--{stage}_frames", type=int, default=frames, help="frames used of each set")
     add("--teacher_base", type=Path,
         help="weights for the teacher to go on from; random ones without it")
+    add("--teacher_optimizer", default="adamw", choices=("adamw", "muon"),
+        help="muon gains more a step and takes half as long again")
     add("--teacher_blur", type=float, default=1.5,
         help="sigma, in pixels, of the blur of the teacher's targets")
     a = parser.parse_args(argv)
