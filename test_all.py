@@ -3028,6 +3028,17 @@ def test_nano_ablate_trains_scores_and_skips_what_is_done(small_world, tmp_path,
         ablate.main(["--report", "--results", str(tmp_path / "r.jsonl")])
 
 
+def test_nano_ablate_the_figure_shows_the_experiment_with_most_variants(tmp_path):
+    sys.path.insert(0, str(HERE / "nano"))
+    import ablate
+
+    runs = [("old", "full"), ("old", "gamma 1"), ("new", "full"), ("new", "gamma 1"),
+            ("narrow", "full"), ("narrow", "full"), ("narrow", "full")]
+    (tmp_path / "r.jsonl").write_text("".join(
+        json.dumps({"of": of, "variant": name}) + "\n" for of, name in runs))
+    assert ablate.widest_experiment(tmp_path / "r.jsonl") == "new"
+
+
 def test_nano_ablate_a_run_that_fails_is_one_sentence(small_world, tmp_path):
     sys.path.insert(0, str(HERE / "nano"))
     import ablate

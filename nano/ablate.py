@@ -261,12 +261,14 @@ def report(lines):
                    f"{claim.than}: {spread(than, claim.measure)} | {verdict(better, than)} |")
 
 
-def last_experiment(file):
-    """The identity of the newest run in the results."""
-    lines = read_lines(file)
-    if not lines:
+def widest_experiment(file):
+    """The identity of the experiment with the most variants, the newest of several such."""
+    variants = {}  # of each experiment, in the order of their newest runs
+    for line in read_lines(file):
+        variants[line["of"]] = variants.pop(line["of"], set()) | {line["variant"]}
+    if not variants:
         raise UserError(f"{file} holds no runs; first: python nano/ablate.py")
-    return lines[-1]["of"]
+    return max(reversed(variants), key=lambda of: len(variants[of]))
 
 
 def values(lines, name, style, measure):

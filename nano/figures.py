@@ -155,10 +155,10 @@ def radial_power(values):
 
 
 def ablation(w):
-    """Fig. 7: d_0 of the variants that nano/ablate.py trained last, seed 0, and the truth."""
-    from ablate import VARIANTS, last_experiment, run_folder
+    """Fig. 7: d_0 of the variants of nano/ablate.py's widest experiment, seed 0, and the truth."""
+    from ablate import VARIANTS, widest_experiment, run_folder
 
-    runs = w.a.runs / last_experiment(w.a.results)
+    runs = w.a.runs / widest_experiment(w.a.results)
     trained = {name: folder for name in VARIANTS
                if (folder := run_folder(runs, name, 0)).exists()}
     if not trained:
