@@ -3148,7 +3148,7 @@ def test_readme_names_functions_and_flags_that_exist():
     sources = "".join((HERE / f).read_text() for f in ("train.py", "infer.py", "evaluate.py",
                                                        "nano/scenes.py", "nano/pretrain.py",
                                                        "nano/ablate.py", "nano/figures.py"))
-    sources = re.sub(r"--\{stage\}_steps", "--teacher_steps", sources)
+    sources = sources.replace("--{stage}_", "--teacher_")
     others = {"--nproc_per_node", "--shutdown-timeout", "--image_size", "--resize_mode",
               "--resize_only_if_bigger", "--help"}  # torchrun's and img2dataset's
     for flag in set(re.findall(r"(?<![\w-])--[a-z]\w*(?:-\w+)*", text)) - others:
