@@ -2959,6 +2959,7 @@ def test_nano_ship_keeps_how_the_weights_came_about(tiny, finished, tmp_path):
     second = ship(on("second", shutil.copytree(tmp_path / "out/fiffdepth", tmp_path / "copy")))
     assert second["steps"] == steps + 1  # it went on from what was shipped
     assert second["command"].startswith(first["command"] + "; python train.py ")
+    assert ship(tmp_path / "second") == second  # once more
     third = ship(on("third", tiny / "base"))  # and this one did not
     assert third["steps"] == 1 and ";" not in third["command"]
     (tmp_path / "third/log.jsonl").write_text("")

@@ -530,12 +530,15 @@ def card(a, stage, minutes, steps, net, scores, command=None, seed=0, earlier=No
     flags = {k: v for k, v in vars(a).items() if k.startswith(f"{stage}_")}
     changed = "".join(f" --{k} {v}" for k, v in flags.items() if v != a.defaults[k])
     command = command or f"python nano/pretrain.py {stage}{changed}"
-    if earlier:
-        command = f"{earlier['command']}; {command}"
-        minutes, steps = minutes + earlier["minutes"], steps + earlier["steps"]
     file = a.out / "card.json"
     a.out.mkdir(parents=True, exist_ok=True)
     cards = json.loads(file.read_text()) if file.exists() else {}
+    before = cards.get(stage, {})
+    if earlier:
+        command = f"{earlier['command']}; {command}"
+        minutes, steps = minutes + earlier["minutes"], steps + earlier["steps"]
+    elif before.get("command", "").endswith(f"; {command}"):  # once more: what went before it stays
+        command, minutes, steps = (before[k] for k in ("command", "minutes", "steps"))
     flags = {k: str(v) if isinstance(v, Path) else v for k, v in flags.items()}
     cards[stage] = {"command": command, "steps": steps, "seed": seed, "minutes": round(minutes, 1),
                     "parameters": sum(p.numel() for p in net.parameters()), **flags, **scores}
