@@ -368,6 +368,7 @@ def save_network(net, folder, state):
     (another precision)."""
     if state is None:
         return net.save_pretrained(folder)
+    net.register_to_config(_name_or_path="")  # where it was read from is nobody's business
     net.save_config(folder)
     save_file({k: v.contiguous() for k, v in state.items()},
               folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
