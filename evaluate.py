@@ -37,8 +37,8 @@ from tqdm import tqdm
 
 from data import (SETS, TEST_SETS, BadFrame, FrameSet, HelpFormatter, UserError, explain,
                   open_image, open_root, parse_sources)
-from infer import choose_device, load_model, predict_batch, predict_image
-from model import AUTHORS_INFO, SD_SCHEDULE, FiffDepth, Teacher
+from infer import load_model, predict_batch, predict_image
+from model import AUTHORS_INFO, SD_SCHEDULE, FiffDepth, Teacher, choose_device
 
 HERE = Path(__file__).resolve().parent
 THRESHOLDS = np.linspace(1.05, 1.25, 10)  # of boundaries, as ratios of depth; they are weights too

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from data import (IMAGE_SUFFIXES, BadFrame, HelpFormatter, UserError, explain, open_image, to_rgb,
                   walk)
-from model import FiffDepth, local_file
+from model import FiffDepth, choose_device, choose_dtype, local_file
 
 if __name__ == "__main__":
     del sys.modules["transformers"]  # a folder in the authors' layout needs its text encoder
@@ -292,18 +292,6 @@ def read_groups(pictures, batch):
     yield from waiting.values()
 
 
-def choose_device(name):
-    if name == "auto":
-        accelerators = [("cuda", torch.cuda), ("mps", torch.backends.mps)]
-        return next((n for n, library in accelerators if library.is_available()), "cpu")
-    try:
-        torch.zeros(1, device=name).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name} cannot be used here ({explain(error)}); "
-                        "without the flag the best there is will be taken") from None
-    return name
-
-
 def check_flags(a):
     for flag, value in (("--size", a.size), ("--batch", a.batch)):
         if value is not None and value < 1:
@@ -325,8 +313,8 @@ def make_folder(out):
 def load_model(a):
     """-> the model on its device, and "device, precision" for the last line."""
     device = choose_device(a.device)
-    dtype = a.dtype if a.dtype != "auto" else "float16" if device.startswith("cuda") else "float32"
-    model = FiffDepth.from_pretrained(a.checkpoint, vae=a.vae, dtype=getattr(torch, dtype))
+    dtype = choose_dtype(a.dtype, device)
+    model = FiffDepth.from_pretrained(a.checkpoint, vae=a.vae, dtype=dtype)
     if model.info.get("target") not in MEANING or not isinstance(model.info.get("size"), int):
         raise UserError(f"{a.checkpoint}: its fiffdepth.json must hold a target, disparity or "
                         "depth, and a size in pixels")
@@ -334,7 +322,7 @@ def load_model(a):
         print(f"note: nothing in {a.checkpoint} says that train.py trained it for depth; from a "
               "bare generator expect noise", file=sys.stderr)
     torch.backends.cudnn.deterministic = True  # the same bits each time
-    return model.to(device), f"{device}, {dtype}"
+    return model.to(device), f"{device}, {str(dtype).removeprefix('torch.')}"
 
 
 def save(base, picture, rgb, values, target, a):

@@ -10,8 +10,11 @@ Teacher = a relative-depth network of transformers (the paper: Depth Anything V2
     depth = model(rgb)  # [B, 3, H, W] in [-1, 1] -> [B, 1, H, W]
 """
 import json
+import math
 import os
 import shutil
+import time
+from functools import lru_cache
 from pathlib import Path
 
 import diffusers
@@ -260,6 +263,64 @@ class Teacher(nn.Module):
         disparity = self.net(self.preprocess(rgb).to(self.net.dtype)).predicted_depth.float()
         return F.interpolate(disparity[:, None], rgb.shape[-2:], mode="bilinear",
                              align_corners=True)[:, 0]
+
+
+# ---------------------------------------------------------------- device and precision
+
+
+def choose_device(name):
+    """--device: "auto" is cuda, then mps, then cpu; another name is tried out."""
+    if name == "auto":
+        accelerators = [("cuda", torch.cuda), ("mps", torch.backends.mps)]
+        return next((n for n, library in accelerators if library.is_available()), "cpu")
+    try:
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name} cannot be used here ({explain(error)}); "
+                        "without the flag the best there is will be taken") from None
+    return name
+
+
+def choose_dtype(name, device, training=False):
+    """--dtype: a name, or "auto", the fastest precision that is safe -> torch.dtype.
+
+    training  the precision of autocast over float32 weights: float32 or bfloat16
+    On a CPU it depends on the processor: bfloat16 is emulated on one (a hundred times slower) and
+    several times faster than float32 on the next, so "auto" measures it.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    if device.startswith("cuda"):
+        if not training:
+            return torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float32
+    faster = device == "cpu" and cpu_speedup(torch.bfloat16) > 1.2
+    return torch.bfloat16 if faster else torch.float32
+
+
+@lru_cache
+def cpu_speedup(dtype):
+    """How many times faster than in float32 this CPU computes a small convolution and a matrix
+    product, the lesser of the two gains. Below 1 it is slower; far below, it emulates `dtype`."""
+    def seconds(function, *arguments):
+        began = time.perf_counter()
+        function(*arguments)
+        return time.perf_counter() - began
+
+    gains = []
+    with torch.inference_mode():
+        for function, *shapes in ((F.conv2d, (1, 64, 16, 16), (64, 64, 3, 3)),
+                                  (torch.matmul, (128, 256), (256, 256))):
+            inputs = {kind: [torch.ones(s, dtype=kind) for s in shapes]
+                      for kind in (torch.float32, dtype)}
+            best = dict.fromkeys(inputs, math.inf)
+            for _ in range(25):  # alternating, so that other work on the machine disturbs both
+                for kind, tensors in inputs.items():
+                    best[kind] = min(best[kind], seconds(function, *tensors))
+                if best[dtype] > 10 * best[torch.float32]:
+                    break  # emulated: no need to wait for more
+            gains.append(best[torch.float32] / best[dtype])
+    return min(gains)
 
 
 # --------------------------------------------------------- reading and writing, folders and hub ids

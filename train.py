@@ -37,9 +37,9 @@ from tqdm import tqdm
 from data import (BadFrame, BadFrames, FrameSet, HelpFormatter, MixedBatches, Sample, UserError,
                   explain, normalize_teacher, parse_sources)
 from evaluate import score
-from infer import choose_device, make_folder
+from infer import make_folder
 from losses import add_noise, blend, gradient_matching, low_pass, mae, trajectory_loss
-from model import FiffDepth, Teacher, read_json
+from model import FiffDepth, Teacher, choose_device, read_json
 
 HERE = Path(__file__).resolve().parent
 WEIGHTS = {"hypersim": 9, "vkitti": 1}  # shares of the synthetic half (Marigold); other sets 1
