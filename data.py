@@ -1,28 +1,29 @@
 """Data: files on disk -> pictures and labels in [-1, 1] (paper Sec. 3.2, 3.3 and 4.1).
 
-Synthetic frames have exact depth (Hypersim, Virtual KITTI 2, the small world); real pictures have
-none, the teacher labels them while training. Read top to bottom:
+Synthetic frames have exact depth (Hypersim, Virtual KITTI 2, the small world, your own pairs); real
+pictures have none, the teacher labels them while training. Read top to bottom:
 storage (a folder or a .tar) -> decoders (bytes to arrays) -> SETS (one row per layout on disk)
 -> normalize (metres to [-1, 1]) -> FrameSet (one set) -> MixedBatches (the training mixture).
-
-The test sets of the paper's tables are rows of TEST_SETS, with the same reader.
+The last section is what all commands of this project share.
 
     frames = FrameSet("hypersim", "/data/hypersim", list_file="filename_list_train_filtered.txt")
-    rgb, depth, mask, name = frames.sample(0, flip=False)   # depth: [3, 480, 640] in [-1, 1]
+    rgb, label, mask, name = frames.sample(0, flip=False)   # label: [3, 480, 640] in [-1, 1]
 
 A frame that cannot be used raises BadFrame with the reason: the mixture replaces and names it.
 """
 import argparse
 import io
+import json
 import math
 import os
 import re
+import sys
 import tarfile
 import zlib
-from fractions import Fraction
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Callable, NamedTuple, Optional
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -40,14 +41,6 @@ class UserError(Exception):
         # A DataLoader worker's error arrives with its traceback in front; the sentence comes last.
         text = super().__str__()
         return text.split("UserError: ")[-1].strip() if text.startswith("Caught ") else text
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """--help with each flag's default; of None, False and [] there is nothing to say."""
-
-    def _get_help_string(self, action):
-        nothing = action.default is None or action.default is False or action.default == []
-        return action.help if nothing else super()._get_help_string(action)
 
 
 class BadFrame(Exception):
@@ -75,25 +68,35 @@ def walk(root):
 
 
 class Tar:
-    """The files of an uncompressed .tar, read in place: one pass for the index, then seek."""
+    """The files of an uncompressed .tar, read in place: one pass for the index, then seek.
+
+    .cut: why the index ends early, where the file does; what lies before the cut is used
+    """
 
     def __init__(self, path):
-        self.path, self.index = Path(path), {}      # name -> (offset, bytes)
+        self.path, self.index, self.cut = Path(path), {}, None     # name -> (offset, bytes)
         try:
             with tarfile.open(path, "r:") as tar:
                 for member in tar:
                     name = member.name.removeprefix("./")      # `tar -cf x.tar .` writes ./name
+                    if member.offset_data + member.size > os.path.getsize(path):
+                        raise tarfile.ReadError("unexpected end of data")
                     if member.isreg():
                         self.index[name] = member.offset_data, member.size
                     elif member.islnk():                       # a second name of an earlier file
                         first = member.linkname.removeprefix("./")
                         self.index[name] = self.index.get(first, (0, 0))
         except (tarfile.TarError, OSError) as error:
-            raise UserError(f"{path} is not a complete, uncompressed .tar ({error}): "
-                            "fetch it again or unpack it into a folder") from error
+            if not self.index:
+                raise UserError(f"{path} is not an uncompressed .tar ({explain(error)}): fetch it "
+                                "again or unpack it into a folder") from error
+            self.cut = explain(error)
 
     def names(self):
         return sorted(name for name in self.index if not re.search(r"(^|/)\.", name))
+
+    def __contains__(self, name):
+        return name in self.index
 
     def read(self, name):
         if name not in self.index:
@@ -105,6 +108,10 @@ class Tar:
                 return file.read(size)
         except OSError as error:
             raise BadFrame(f"{self.path} cannot be read ({error.strerror})") from error
+
+    def file(self, name):
+        """The file on disk that holds it."""
+        return self.path
 
 
 class Folder:
@@ -123,14 +130,30 @@ class Folder:
                 found.append(name)
         return sorted(found)
 
-    def read(self, name):
+    def __contains__(self, name):
+        tar, member = self.shard(name)
+        return member in tar if tar else (self.root / name).is_file()
+
+    def shard(self, name):
+        """The .tar that a name lies in, and its name there; (None, name) for a file."""
         stem, _, member = name.partition(".tar/")
-        if f"{stem}.tar" in self.tars:
-            return self.tars[f"{stem}.tar"].read(member)
+        tar = self.tars.get(f"{stem}.tar")
+        return (tar, member) if tar else (None, name)
+
+    def read(self, name):
+        tar, member = self.shard(name)
+        if tar:
+            return tar.read(member)
         try:
             return (self.root / name).read_bytes()
+        except FileNotFoundError as error:
+            raise BadFrame(f"no {name}") from error
         except OSError as error:
             raise BadFrame(f"{name} cannot be read ({error.strerror})") from error
+
+    def file(self, name):
+        tar, _ = self.shard(name)
+        return tar.path if tar else self.root / name
 
 
 def open_root(name, path, shards=False, flag="--data"):
@@ -206,16 +229,12 @@ def png16(data):
     return np.asarray(image).astype(np.float32)
 
 
-def mm(data):
-    return png16(data) / 1000                       # metres
+def mm(store, name):
+    return png16(store.read(name)) / 1000           # metres
 
 
-def cm(data):
-    return png16(data) / 100                        # metres; VKITTI's sky is 655.35
-
-
-def kitti_png(data):
-    return png16(data) / 256                        # metres; 0 where no laser beam ended
+def cm(store, name):
+    return png16(store.read(name)) / 100            # metres; VKITTI's sky is 655.35
 
 
 def hdf5(data, key):
@@ -237,9 +256,9 @@ def hdf5(data, key):
     return array
 
 
-def hypersim_hdf5(data):
+def hypersim_hdf5(store, name):
     """Raw Hypersim: distance to the camera centre, stored as float16 -> planar depth, metres."""
-    return planar(hdf5(data, "dataset"))
+    return planar(hdf5(store.read(name), "dataset"))
 
 
 def planar(distance):
@@ -259,79 +278,28 @@ def kitti_crop(H, W):
     return slice(H - 352, H), slice(left, left + 1216)
 
 
-def eth3d_raw(data):
-    """ETH3D: a headerless array of 4032 x 6048 little-endian float32, inf where nothing was hit."""
-    if len(data) != 4032 * 6048 * 4:
-        raise BadFrame(f"depth has {len(data)} bytes, not 4032 x 6048 x 4")
-    return np.frombuffer(data, "<f4").reshape(4032, 6048)
-
-
-def npy(data, what):
+def npy(data, what="depth"):
     """.npy file -> array [H, W], without axes of length 1."""
     try:
         array = np.load(io.BytesIO(data)).squeeze()
     except (ValueError, EOFError, OSError, AttributeError) as error:
-        raise BadFrame(f"{what} is not a .npy file of numbers ({error})") from error
+        raise BadFrame(f"{what} is not a .npy file of numbers ({explain(error)})") from error
     if array.ndim != 2:
         raise BadFrame(f"{what} has the shape {array.shape}, not (height, width)")
     return array
 
 
-def diode_npy(data, mask):
-    """DIODE: float32 metres, valid where the mask file says so and nowhere else."""
-    depth, valid = npy(data, "depth"), npy(mask, "depth mask").astype(bool)
-    if depth.shape != valid.shape:
-        raise BadFrame(f"depth {depth.shape} and depth mask {valid.shape} differ in size")
-    return np.where(valid, depth, 0).astype(np.float32)
-
-
-def sintel_dpt(data, invalid=None):
-    """Sintel .dpt: float32 202021.25 (the bytes PIEH), int32 width, height, float32 rows; metres.
-    The optional PNG is not 0 where a pixel is invalid."""
-    if data[:4] != b"PIEH" or len(data) < 12:
-        raise BadFrame("depth is not a .dpt file (no tag PIEH)")
-    W, H = np.frombuffer(data, "<i4", 2, 4)
-    if len(data) != 12 + 4 * W * H:
-        raise BadFrame(f"depth has {len(data)} bytes, not those of {H}x{W} pixels")
-    depth = np.frombuffer(data, "<f4", offset=12).reshape(H, W)
-    return depth if invalid is None else np.where(grey8(invalid, depth) > 0, np.nan, depth)
-
-
-def spring_dsp5(data, intrinsics, frame):
-    """Spring: disparity of twice the picture's resolution, in pixels of the picture -> metres.
-
-    z = fx 0.065 m / disparity; a disparity of 0 is sky, infinitely far; NaN stays. intrinsics.txt
-    has a row `fx fy cx cy` for each frame, and frames count from 1.
-    """
-    rows = intrinsics.decode(errors="replace").splitlines()
-    try:
-        fx = float(rows[int(frame) - 1].split()[0])
-    except (IndexError, ValueError) as error:
-        raise BadFrame(f"intrinsics.txt has no focal length for frame {frame}") from error
-    disparity = hdf5(data, "disparity")[::2, ::2]
-    with np.errstate(divide="ignore"):
-        return np.where(disparity <= 0, np.inf, fx * 0.065 / disparity)
-
-
-def ibims_png(data, valid, opaque):
-    """iBims-1: 16 bits over 50 m, 0 and 65535 are no data. Despite their names, mask_invalid is
-    not 0 where a pixel is valid, and mask_transp where it is not transparent."""
-    raw = png16(data)
-    good = (raw > 0) & (raw < 65535) & (grey8(valid, raw) > 0) & (grey8(opaque, raw) > 0)
-    return np.where(good, raw * (50 / 65535), 0)
-
-
-def grey8(data, like=None):
-    """Mask or matte, 8 bits of any mode -> uint8 [H, W], of the size of `like`"""
-    mask = np.asarray(load(data, "mask").convert("L"))
-    if like is not None and mask.shape != like.shape:
-        raise BadFrame(f"mask {mask.shape} and depth {like.shape} differ in size")
-    return mask
-
-
-def matte(data):
-    """Alpha matte or object mask -> float32 [H, W] in [0, 1]"""
-    return grey8(data).astype(np.float32) / 255
+def own_map(data, name):
+    """Depth or disparity map, by its ending: float .npy, float TIFF, 16-bit PNG -> float32 [H, W]
+    in the file's unit."""
+    if name.lower().endswith(".npy"):
+        return npy(data).astype(np.float32)
+    if name.lower().endswith(".png"):
+        return png16(data)
+    image = load(data, "depth")
+    if image.mode not in ("F", "I", "I;16", "I;16B"):
+        raise BadFrame(f"depth is {image.mode}, not a float or 16-bit TIFF")
+    return np.asarray(image).astype(np.float32)
 
 
 # ---------------------------------------------------------------------- the table of layouts
@@ -341,104 +309,52 @@ class Layout(NamedTuple):
     name: str                       # the word before "=" on the command line
     what: str                       # what a user should have on disk, for error messages
     rgb: str                        # regular expression of the picture's whole name ...
-    depth: Optional[str] = None     # ... and its partner's name; None: pictures without depth
-    decode: Optional[Callable] = None               # bytes, and those of more -> [H, W] metres
+    depth: tuple = ()               # ... and its partner's name, the first of these that is there;
+    #                                 (): pictures without depth
+    load: Callable | None = None    # (store, partner's name) -> depth [H, W] metres
     near: float = 0.0               # metres: valid when near < depth < far
     far: float = math.inf
-    crop: Optional[Callable] = None                 # (H, W) -> rows, columns to keep
-    size: Optional[tuple] = None    # (H, W) fed to the network; None: as stored
-    more: tuple = ()                # further arguments of decode: names of files like depth's,
-    #                                 "?name" of one that may be missing (None), "=text" itself
-    window: Optional[tuple] = None  # (top, bottom, left, right) of a picture of (.., H, W): only
+    crop: Callable | None = None    # (H, W) -> rows, columns to keep
+    size: tuple | None = None       # (H, W) fed to the network; None: as stored
+    window: tuple | None = None     # (top, bottom, left, right) of a picture of (.., H, W): only
     #                                 these pixels are valid
     sky: bool = False               # what lies beyond far is valid, at the distance far
-    matte: bool = False             # the partner is a matte in [0, 1], not a depth map
-    count: Optional[int] = None     # known number of frames, printed beside the number found
+    count: int | None = None        # known number of frames, printed beside the number found
+    listed: tuple | None = None     # (regular expression, name): how public lists name a picture
 
 
 HYPERSIM = dict(near=1e-5, far=65.0, size=(480, 640))
-VKITTI = dict(decode=cm, near=1e-5, far=80.0, crop=kitti_crop, size=(352, 1216))
+VKITTI = dict(load=cm, near=1e-5, far=80.0, crop=kitti_crop, size=(352, 1216))
 CAMERA = r"/frames/rgb/(Camera_\d)/rgb_(\d+)\.jpg"
+SUFFIXES = "(?i:" + "|".join(map(re.escape, IMAGE_SUFFIXES)) + ")"
 
 SETS = (
     Layout("hypersim", "Marigold's PNG export (ai_001_001/rgb_cam_00_fr0000.png with "
            "depth_plane_cam_00_fr0000.png)",
-           r"(.*/)?rgb_(cam_\d+_fr\d+)\.png", r"\1depth_plane_\2.png", mm, **HYPERSIM),
+           r"(.*/)?rgb_(cam_\d+_fr\d+)\.png", (r"\1depth_plane_\2.png",), mm, **HYPERSIM),
     Layout("hypersim", "the raw release (ai_001_001/images/scene_cam_00_final_preview/"
            "frame.0000.tonemap.jpg with scene_cam_00_geometry_hdf5/frame.0000.depth_meters.hdf5)",
            r"(.*)_final_preview/(frame\.\d+)\.tonemap\.jpg",
-           r"\1_geometry_hdf5/\2.depth_meters.hdf5", hypersim_hdf5, **HYPERSIM),
+           (r"\1_geometry_hdf5/\2.depth_meters.hdf5",), hypersim_hdf5, **HYPERSIM,
+           listed=(r"(.*/)?rgb_(cam_\d+)_fr(\d+)\.png",
+                   r"\1images/scene_\2_final_preview/frame.\3.tonemap.jpg")),
     Layout("vkitti", "the archives in vkitti_2.0.3_rgb/ and vkitti_2.0.3_depth/",
            r"(.*/)?vkitti_2\.0\.3_rgb/(.+)" + CAMERA,
-           r"\1vkitti_2.0.3_depth/\2/frames/depth/\3/depth_\4.png", **VKITTI),
+           (r"\1vkitti_2.0.3_depth/\2/frames/depth/\3/depth_\4.png",), **VKITTI),
     Layout("vkitti", "Marigold's tree (rgb/Scene01/... and depth/Scene01/...)",
            r"(.*/)?rgb/(Scene.+)" + CAMERA,
-           r"\1depth/\2/frames/depth/\3/depth_\4.png", **VKITTI),
+           (r"\1depth/\2/frames/depth/\3/depth_\4.png",), **VKITTI),
     Layout("vkitti", "both archives in one place (Scene01/clone/frames/rgb/Camera_0/rgb_00000.jpg "
            "and Scene01/clone/frames/depth/Camera_0/depth_00000.png)",
-           r"(.+)" + CAMERA, r"\1/frames/depth/\2/depth_\3.png", **VKITTI),
+           r"(.+)" + CAMERA, (r"\1/frames/depth/\2/depth_\3.png",), **VKITTI),
     Layout("nano", "the small world (rgb_00000.png with depth_00000.png; python nano/scenes.py)",
-           r"(.*/)?rgb_([^/]+)\.png", r"\1depth_\2.png", mm, near=1e-3, far=40.0),
+           r"(.*/)?rgb_([^/]+)\.png", (r"\1depth_\2.png",), mm, near=1e-3, far=40.0),
+    Layout("pairs", "your own pictures and maps (image/x.jpg with depth/x.png, .npy or .tif, and "
+           "pairs.json, which says the unit)",
+           r"(.*/)?image/(.+)\." + SUFFIXES.replace(r"\.", ""),
+           tuple(rf"\1depth/\2.{kind}" for kind in ("png", "npy", "tif", "tiff"))),
     Layout("photos", "pictures (" + " ".join(IMAGE_SUFFIXES) + "), in sub-folders or .tar shards "
-           "if you like", r"(?i).+(" + "|".join(map(re.escape, IMAGE_SUFFIXES)) + ")"),
-)
-
-
-MM_10 = dict(decode=mm, near=1e-3, far=10.0)
-NO_TEST = r"(?!(?:.*/)?test/)"                  # pictures whose depth is kept secret
-SPLIT = r"(\d{4}_\d\d_\d\d)/(\2_drive_\d+_sync)"       # KITTI: day and drive
-
-# The sets of the paper's tables (Sec. 4.2). Depth sets: Marigold's prepared archives, or what they
-# unpack to; boundary sets: as their authors publish them.
-TEST_SETS = (
-    Layout("nyu", "Marigold's NYUv2 (test/kitchen_0004/rgb_0001.png with depth_0001.png)",
-           r"(.*/)?(test/[^/]+)/rgb_(\d+)\.png", r"\1\2/depth_\3.png", **MM_10,
-           window=(45, 471, 41, 601, 480, 640), count=654),
-    Layout("nyu", "the same without the folder test/",
-           r"(.*/)?rgb_(\d+)\.png", r"\1depth_\2.png", **MM_10,
-           window=(45, 471, 41, 601, 480, 640), count=654),
-    Layout("kitti", "Marigold's KITTI Eigen split (2011_09_26/2011_09_26_drive_0002_sync/image_02/"
-           "data/0000000069.png with 2011_09_26_drive_0002_sync/proj_depth/groundtruth/...)",
-           r"(.*/)?" + SPLIT + r"/image_02/data/(\d+)\.png",
-           r"\1\3/proj_depth/groundtruth/image_02/\4.png", kitti_png, near=1e-5, far=80.0,
-           crop=kitti_crop, window=(117, 321, 43, 1172, 352, 1216), count=652),
-    Layout("eth3d", "Marigold's ETH3D (rgb/office/images/dslr_images/DSC_0219.JPG with depth/"
-           "office_dslr_depth/office/ground_truth_depth/dslr_images/DSC_0219.JPG)",
-           r"(.*/)?rgb/([^/]+)/images/dslr_images/([^/]+\.JPG)",
-           r"\1depth/\2_dslr_depth/\2/ground_truth_depth/dslr_images/\3", eth3d_raw, near=1e-5,
-           count=454),
-    Layout("scannet", "Marigold's ScanNet (scene0406_02/color/000300.jpg with depth/000300.png)",
-           r"(.*/)?(scene\d+_\d+)/color/(\d+)\.jpg", r"\1\2/depth/\3.png", **MM_10, count=800),
-    Layout("diode", "DIODE's validation set (indoors/scene_00021/scan_00189/x.png with "
-           "x_depth.npy and x_depth_mask.npy)",
-           r"(.*/)?((?:indoors|outdoor)/scene_\d+/scan_\d+/[^/]+)\.png", r"\1\2_depth.npy",
-           diode_npy, more=(r"\1\2_depth_mask.npy",), count=771),
-    Layout("da2k", "DA-2K (annotations.json with images/indoor/x.jpg)",
-           r"(?i)(.*/)?images/.+(" + "|".join(map(re.escape, IMAGE_SUFFIXES)) + ")"),
-    *(Layout(name, f"Sintel's training set with depth ({folder}/alley_1/frame_0001.png with "
-             "depth/alley_1/frame_0001.dpt, below training/)",
-             NO_TEST + rf"(.*/)?{folder}/([^/]+)/(frame_\d+)\.png", r"\1depth/\2/\3.dpt",
-             sintel_dpt, near=0.01, far=80.0, sky=True, more=(r"?\1invalid/\2/\3.png",), count=1064)
-      for name, folder in (("sintel", "final"), ("sintel-clean", "clean"))),
-    Layout("spring", "Spring's training set (0001/frame_left/frame_left_0001.png with disp1_left/"
-           "disp1_left_0001.dsp5 and cam_data/intrinsics.txt, below train/)",
-           NO_TEST + r"(.*/)?(\d{4})/frame_left/frame_left_(\d+)\.png",
-           r"\1\2/disp1_left/disp1_left_\3.dsp5", spring_dsp5, near=0.01, far=200.0, sky=True,
-           more=(r"\1\2/cam_data/intrinsics.txt", r"=\3"), count=5000),
-    Layout("ibims", "iBims-1, ibims1_core_raw (rgb/x.png with depth/, mask_invalid/, mask_transp/)",
-           r"(.*/)?rgb/([^/]+)\.png", r"\1depth/\2.png", ibims_png, near=0.1, far=10.0,
-           more=(r"\1mask_invalid/\2.png", r"\1mask_transp/\2.png"), count=100),
-    Layout("am2k", "AM-2k (validation/original/m_x.jpg with validation/mask/m_x.png)",
-           r"(.*/)?validation/original/([^/]+)\.jpg", r"\1validation/mask/\2.png", matte,
-           matte=True, count=200),
-    *(Layout(name, f"P3M-10k (validation/{split}/{folder}/x.jpg with mask/x.png)",
-             rf"(.*/)?{split}/{folder}/([^/]+)\.jpg", rf"\1{split}/mask/\2.png", matte, matte=True,
-             count=500)
-      for name, split, folder in (("p3m", "P3M-500-NP", "original_image"),
-                                  ("p3m-p", "P3M-500-P", "blurred_image"))),
-    Layout("dis5k", "DIS5K (DIS-VD/im/x.jpg with DIS-VD/gt/x.png; the 200 of Depth Pro by --list "
-           "dis5k=dis5k_sample_list.txt)",
-           r"(.*/)?(DIS-\w+)/im/([^/]+)\.jpg", r"\1\2/gt/\3.png", matte, matte=True, count=200),
+           "if you like", ".+" + SUFFIXES),
 )
 
 
@@ -494,25 +410,25 @@ def normalize_teacher(disparity, space):
 
 class Frame(NamedTuple):
     rgb: str                        # names inside the root
-    depth: Optional[str]
-    more: tuple = ()                # names of the layout's further files, and its "=" words
+    depth: str | None
 
 
 class Sample(NamedTuple):
+    """One frame in pixels, as the networks take it."""
     rgb: torch.Tensor               # [3, H, W] in [-1, 1]
-    depth: Optional[torch.Tensor]   # [3, H, W] in [-1, 1], or None
-    mask: Optional[torch.Tensor]    # [1, H, W] bool, True where the depth is valid
+    label: torch.Tensor | None      # [3, H, W] in [-1, 1]; None: a real picture, the teacher's turn
+    mask: torch.Tensor | None       # [1, H, W] bool, True where the depth is valid
     name: str                       # "set/file"
 
 
 def cover(rgb, size):
     """Scale a picture, smaller ones up, until it just covers (H, W), antialiased, and cut the
     centre out."""
-    (H, W), (h, w) = rgb.shape[:2], size
-    scale = min(H / h, W / w)       # source pixels per result pixel
-    top, left = int((H - h * scale) / 2), int((W - w * scale) / 2)     # whole: scale 1 stays exact
-    box = (left, top, min(left + w * scale, W), min(top + h * scale, H))
-    return np.asarray(Image.fromarray(rgb).resize((w, h), Image.BILINEAR, box=box))
+    (H0, W0), (H, W) = rgb.shape[:2], size
+    scale = min(H0 / H, W0 / W)     # source pixels per result pixel
+    top, left = int((H0 - H * scale) / 2), int((W0 - W * scale) / 2)     # whole: scale 1 stays exact
+    box = (left, top, min(left + W * scale, W0), min(top + H * scale, H0))
+    return np.asarray(Image.fromarray(rgb).resize((W, H), Image.BILINEAR, box=box))
 
 
 def nearest(array, size):
@@ -521,62 +437,102 @@ def nearest(array, size):
     return array[rows[:, None], cols]
 
 
-def read_list(path, names, pairs):
-    """List file in Marigold's form, `rgb depth [more]` per line -> [Frame]; `None` = no depth.
+def read_list(path, names, rows):
+    """List file in Marigold's form, `rgb [depth [more]]` per line -> [Frame]; `None` = no depth.
 
-    Without `pairs` (partners go by name) a line is one name, blanks and all, or else its first
-    field. Leading folders of the list that the root has not, such as its own name, are dropped.
+    A line may be one name, blanks and all. Leading folders of the list that the root has not, such
+    as its own name, are dropped; lines that begin with # are not read.
     """
     def locate(name):
         parts = name.removeprefix("./").split("/")
         tails = ("/".join(parts[k:]) for k in range(len(parts)))
         return next((tail for tail in tails if tail in names), "/".join(parts))
 
+    def also_known_as(name):
+        """The name in this root of a picture that the list knows by another release's."""
+        matches = ((row, re.fullmatch(row.listed[0], name)) for row in rows if row.listed)
+        found = (locate(match.expand(row.listed[1])) for row, match in matches if match)
+        return next((other for other in found if other in names), None)
+
     frames = []
-    lines = Path(path).read_text("utf-8-sig", errors="replace").splitlines()
-    for number, line in enumerate(lines, 1):
+    for line in Path(path).read_text("utf-8-sig", errors="replace").splitlines():
         line, fields = line.strip(), line.split()
-        if not fields or pairs and fields[1:2] == ["None"]:
+        if not fields or line[0] == "#" or fields[1:2] == ["None"]:
             continue
-        if pairs and len(fields) < 2:
-            raise UserError(f"{path}, line {number}: expected `rgb depth`, found `{line}`")
-        whole = locate(line)
-        frames.append(Frame(locate(fields[0]), locate(fields[1])) if pairs else
-                      Frame(whole if whole in names else locate(fields[0]), None))
+        whole, first = locate(line), locate(fields[0])
+        if whole in names:
+            frames.append(Frame(whole, None))
+        elif first not in names and (other := also_known_as(fields[0])):
+            frames.append(Frame(other, None))
+        else:
+            frames.append(Frame(first, locate(fields[1]) if fields[1:] else None))
     return list(dict.fromkeys(frames))              # a frame listed twice counts once
+
+
+PAIRS = {"unit", "near", "far", "kind"}             # what pairs.json says
+
+
+def own_layout(row, store, source):
+    """The row of your own pairs, with the unit and the range that pairs.json states."""
+    example = '{"kind": "depth", "unit": 0.001, "near": 0.1, "far": 80}'
+    wanted = (f"{source}: your own maps need a file pairs.json beside image/ and depth/ (or beside "
+              f"the list) that says what their values are: {example}, where depth in metres = value "
+              "x unit, or, of the kind \"disparity\", 1 / (value x unit)")
+    if "pairs.json" not in store:
+        raise UserError(wanted)
+    try:
+        told = json.loads(store.read("pairs.json"))
+        kind, unit, near, far = (told[k] for k in ("kind", "unit", "near", "far"))
+        good = kind in ("depth", "disparity") and unit > 0 and 0 <= near < far
+    except (ValueError, KeyError, TypeError):
+        good = False
+    if not good:
+        raise UserError(f"{wanted}; this one does not")
+
+    def metres(store, name):
+        values = own_map(store.read(name), name) * np.float32(unit)
+        with np.errstate(divide="ignore"):
+            return values if kind == "depth" else np.where(values > 0, 1 / values, 0)
+
+    return row._replace(load=metres, near=near, far=far)
 
 
 class FrameSet(Dataset):
     """One data set: the frames of a root (folder or .tar), all of them or those of a list file.
 
-    name      a name in SETS or TEST_SETS
+    name      a name in `rows`
     space     of the label: "disparity" or "depth"
     size      (H, W) to feed; default: the row's, else that of the first readable frame
     cap       use the first so many frames only
     flag      that named the set, for the sentences
+    rows      the table that knows the layouts: SETS, or one with test sets
     .frames   [Frame]     .missing   ["set/file: reason"], frames that lack a file
     .names    of their pictures      .wanted    of all pictures, also those that lack a file
     """
 
     def __init__(self, name, path, list_file=None, space="disparity", size=None, cap=None,
-                 flag="--data"):
-        self.name, self.path, self.space = name, Path(path), space
-        self.flag = flag
-        rows = [row for row in SETS + TEST_SETS if row.name == name]
-        self.store = open_root(name, self.path, rows[0].depth is None, flag)
+                 flag="--data", rows=SETS):
+        self.name, self.path, self.space, self.flag = name, Path(path), space, flag
+        rows = [row for row in rows if row.name == name]
+        self.store = open_root(name, self.path, not rows[0].depth, flag)
         names = set(self.store.names())
-        pairs = rows[0].depth is not None and not rows[0].matte
-        listed = list_file and read_list(list_file, names, pairs)
+        listed = list_file and read_list(list_file, names, rows)
         candidates = [f.rgb for f in listed] if list_file else sorted(names)
         fits = [row for row in rows if any(re.fullmatch(row.rgb, n) for n in candidates)]
+        if name == "pairs" and listed:
+            fits = rows             # a list of one's own may name any files
         if not fits:
             raise self.misfit(rows, list_file or "the root", candidates)
-        self.layout = fits[0]
-        wanted = [self.complete(f, names) for f in listed or self.pair(sorted(names))][:cap]
-        self.wanted = [f.rgb for f in wanted]
-        absent = {f: self.lacks(f, names) for f in wanted}
-        self.frames = [f for f in wanted if not absent[f]]
-        self.missing = [f"{name}/{f.rgb}: no {absent[f][0]}" for f in wanted if absent[f]]
+        self.layout = own_layout(fits[0], self.store, self.source) if name == "pairs" else fits[0]
+        found = listed or [Frame(n, None) for n in sorted(names) if re.fullmatch(fits[0].rgb, n)]
+        frames = [frame if frame.depth else self.with_partner(frame.rgb) for frame in found][:cap]
+        absent = {frame: self.lacks(frame) for frame in frames}
+        self.wanted = [frame.rgb for frame in frames]
+        self.frames = [frame for frame in frames if not absent[frame]]
+        self.missing = [f"{name}/{f.rgb}: no {absent[f]}" for f in frames if absent[f]]
+        tars = [self.store, *getattr(self.store, "tars", {}).values()]
+        self.missing += [f"{name}/{tar.path.name}: what follows {len(tar.index)} files is missing "
+                         f"({tar.cut})" for tar in tars if getattr(tar, "cut", None)]
         if not self.frames:
             raise self.misfit(rows, f"the root ({self.missing[0]})", sorted(names))
         self.keep = size is None and self.layout.size is None
@@ -589,27 +545,19 @@ class FrameSet(Dataset):
         return UserError(f"{self.source}: expected {expected}; "
                          f"found in {where}: {found[0] if found else 'no files'}{more}")
 
-    def pair(self, names):
-        """Names that look like the layout's pictures -> [Frame], partners by name."""
-        matches = filter(None, (re.fullmatch(self.layout.rgb, name) for name in names))
-        return [Frame(m[0], self.layout.depth and m.expand(self.layout.depth)) for m in matches]
+    def with_partner(self, rgb):
+        """A picture and the depth that its name leads to."""
+        match = re.fullmatch(self.layout.rgb, rgb)
+        names = [match.expand(name) for name in self.layout.depth] if match else []
+        return Frame(rgb, next((n for n in names if n in self.store), names[0] if names else None))
 
-    def lacks(self, frame, names):
-        """The files of a frame that are not there; its own name, when it is not as the layout's."""
-        if frame.rgb in names and not re.fullmatch(self.layout.rgb, frame.rgb):
-            return [f"picture named like {self.layout.what}"]
-        return [n for n in (*frame[:2], *frame.more) if n and n[0] != "=" and n not in names]
-
-    def complete(self, frame, names):
-        """Adds what goes by the picture's name: its partner, where a list has none, and more."""
-        match = re.fullmatch(self.layout.rgb, frame.rgb)
-        if not match or not self.layout.depth:
-            return frame
-        more = []
-        for word in (match.expand(word) for word in self.layout.more):
-            optional, word = word[0] == "?", word.removeprefix("?")
-            more.append(None if optional and word not in names else word)
-        return Frame(frame.rgb, frame.depth or match.expand(self.layout.depth), tuple(more))
+    def lacks(self, frame):
+        """What of a frame is not there, or None; its name, when it is not as the layout's."""
+        if frame.rgb not in self.store:
+            return frame.rgb
+        if self.name != "pairs" and not re.fullmatch(self.layout.rgb, frame.rgb):
+            return f"picture named like {self.layout.what}"
+        return None if frame.depth is None or frame.depth in self.store else frame.depth
 
     def probe(self):
         """(H, W) of the first frame that can be read."""
@@ -634,23 +582,25 @@ class FrameSet(Dataset):
     def names(self):
         return [frame.rgb for frame in self.frames]
 
+    def stamp(self, i):
+        """Names, sizes and times of a frame's files: other files are another frame."""
+        files = [self.store.file(name).stat() for name in self.frames[i] if name]
+        return [*self.frames[i], *((s.st_size, s.st_mtime_ns) for s in files)]
+
     def read(self, i):
         """-> rgb uint8 [H, W, 3], depth float32 [H, W] metres, valid [H, W] bool (or None, None).
 
         At the stored size, after the layout's crop. NaN and inf become 0, never valid; with the
-        layout's `sky`, what is farther than far becomes far. A matte is its alpha, all valid.
+        layout's `sky`, what is farther than far becomes far.
         """
         frame, row = self.frames[i], self.layout
         rgb = open_image(self.store.read(frame.rgb), upright=frame.depth is None)
         if frame.depth is None:
             return rgb, None, None
-        more = map(self.argument, frame.more)
-        depth = row.decode(self.store.read(frame.depth), *more).astype(np.float32)
+        depth = row.load(self.store, frame.depth).astype(np.float32)
         if rgb.shape[:2] != depth.shape:
             raise BadFrame("picture of {}x{} and {} of {}x{} pixels".format(
-                *rgb.shape[:2], "matte" if row.matte else "depth", *depth.shape))
-        if row.matte:
-            return rgb, depth, np.ones(depth.shape, bool)
+                *rgb.shape[:2], Path(frame.depth).parent.name or "depth", *depth.shape))
         if row.crop:
             window = row.crop(*depth.shape)
             rgb, depth = rgb[window], depth[window]
@@ -668,70 +618,57 @@ class FrameSet(Dataset):
             valid &= inside
         return rgb, depth, valid
 
-    def named(self, read, i, *more):
+    def sample(self, i, flip):
+        """-> Sample; `flip` mirrors left and right."""
+        rgb, depth, valid = self.read(i)
+        label = mask = None
+        if depth is not None:
+            self.check_size(*depth.shape)
+            valid = nearest(valid, self.size)
+            label = normalize(nearest(depth, self.size), valid, self.space)
+            mask = torch.from_numpy(valid)[None]
+        rgb = torch.from_numpy(cover(rgb, self.size).astype(np.float32)).permute(2, 0, 1)
+        maps = [rgb / 127.5 - 1, label, mask]
+        maps = [m.flip(-1) if flip and m is not None else m for m in maps]
+        return Sample(*maps, f"{self.name}/{self.frames[i].rgb}")
+
+    def check_size(self, H0, W0):
+        """Frames with depth are never stretched or enlarged; pictures alone are cut to fit."""
+        H, W = self.size
+        fits = (H0, W0) == (H, W) if self.keep else H0 >= H and H0 * W == W0 * H
+        if not fits:
+            raise BadFrame(f"{H0}x{W0} pixels, the first frame has {H}x{W}" if self.keep else
+                           f"{H0}x{W0} pixels cannot be scaled down to {H}x{W} without stretching")
+
+    def or_stop(self, read, i, *more):
         """read(i, *more), e.g. of self.sample, where no other frame can take its place."""
         try:
             return read(i, *more)
         except BadFrame as error:
             raise UserError(f"{self.path / self.frames[i].rgb}: {error}") from None
 
-    def argument(self, word):
-        """A further argument of decode: a file's bytes, the text behind "=", None for None."""
-        if word is None or word[0] == "=":
-            return word and word[1:]
-        return self.store.read(word)
-
-    def sample(self, i, flip):
-        """-> Sample, as the network takes it; `flip` mirrors left and right."""
-        rgb, depth, valid = self.read(i)
-        if depth is not None:
-            self.check_size(*depth.shape)
-            valid = nearest(valid, self.size)
-            depth = normalize(nearest(depth, self.size), valid, self.space)
-        rgb = torch.from_numpy(cover(rgb, self.size).astype(np.float32)).permute(2, 0, 1)
-        mask = None if valid is None else torch.from_numpy(valid)[None]
-        maps = [rgb / 127.5 - 1, depth, mask]
-        maps = [m.flip(-1) if flip and m is not None else m for m in maps]
-        return Sample(*maps, f"{self.name}/{self.frames[i].rgb}")
-
-    def check_size(self, H, W):
-        """Frames with depth are never stretched or enlarged; pictures alone are cut to fit."""
-        h, w = self.size
-        fits = (H, W) == (h, w) if self.keep else H >= h and H * w == W * h
-        if not fits:
-            raise BadFrame(f"{H}x{W} pixels, the first frame has {h}x{w}" if self.keep else
-                           f"{H}x{W} pixels cannot be scaled down to {h}x{w} without stretching")
-
 
 # ------------------------------------------------------------------------------------ the mixture
 
-class Batch(NamedTuple):
-    rgb: torch.Tensor               # [B, 3, H, W] synthetic
-    depth: torch.Tensor             # [B, 3, H, W] its label
-    mask: torch.Tensor              # [B, 1, H, W] bool
-    real: Optional[torch.Tensor]    # [B, 3, h, w], or None without a real set
-    labels: Optional[torch.Tensor]  # of the real pictures, where they were made in advance
-    names: list                     # "set/file": B synthetic, then B real
+class MicroBatch(NamedTuple):
+    synthetic: list                 # of what `load` gives: Samples, or latents
+    real: list                      # as many; empty without a real set
+    names: list                     # "set/file": the synthetic ones, then the real ones
     bad: list                       # "set/file: reason" met on the way and replaced
 
 
-def deal(weights):
+def set_order(weights):
     """Turns in proportion to the weights -> one period of set numbers, e.g. 9 : 1 -> ten.
 
-    After any n turns set k has had n weight_k / sum, give or take less than one: its j-th turn may
-    not come before slot j / share and must come by (j + 1) / share; the earliest deadline goes
-    first (single-processor scheduling: that order meets every deadline that can be met).
+    After any n turns set k has had n weight_k / sum, give or take less than one: a set is ready
+    while it has had no more than its share, and of those that are the earliest deadline goes first.
     """
-    exact = [Fraction(w).limit_denominator(1000) for w in weights]
-    if min(exact) <= 0:
-        raise UserError("the weights of the mixture must be positive numbers")
-    shares = [w / sum(exact) for w in exact]
-    had, turns = [0] * len(shares), []
-    for n in range(math.lcm(*(s.denominator for s in shares))):
-        ready = [k for k, s in enumerate(shares) if had[k] < s * (n + 1)]
-        turns.append(min(ready, key=lambda k: (had[k] + 1) / shares[k]))
-        had[turns[-1]] += 1
-    return turns
+    total, had, order = sum(weights), [0] * len(weights), []
+    for n in range(total):
+        ready = [k for k, w in enumerate(weights) if had[k] * total < w * (n + 1)]
+        order.append(min(ready, key=lambda k: (had[k] + 1) / weights[k]))
+        had[order[-1]] += 1
+    return order
 
 
 @lru_cache(maxsize=16)
@@ -747,70 +684,54 @@ class MixedBatches(Dataset):
     It depends on (seed, m) alone, so the state of the sampler is one integer and resuming, or any
     number of workers, changes nothing:
         DataLoader(batches, batch_size=None, sampler=range(start, stop), num_workers=2)
+
+    weights  integers, of the synthetic sets      flip  mirror half of the samples
+    load     (frames, i, flip) -> what a frame becomes: its Sample, or its latents from a cache
     """
 
-    def __init__(self, synthetic, weights, real, micro, seed, flip=True):
-        self.synthetic, self.real, self.micro, self.seed = list(synthetic), real, micro, seed
-        self.flip = flip            # mirror half of the samples
-        self.turns = deal(weights)
+    def __init__(self, synthetic, weights, real, micro, seed, flip=True, load=FrameSet.sample):
+        self.synthetic, self.real, self.micro, self.seed = synthetic, real, micro, seed
+        self.flip, self.load = flip, load
+        self.order = set_order(weights)
 
     def __getitem__(self, m):
-        period, n = divmod(m, len(self.turns))
-        k = self.turns[n]
-        turn = period * self.turns.count(k) + self.turns[:n].count(k)  # batches of set k before m
-        bad = []
-        pairs = self.take(self.synthetic[k], turn, bad)
-        photos = [] if self.real is None else self.take(self.real, m, bad)
-        rgb, depth, mask = (torch.stack(maps) for maps in list(zip(*pairs))[:3])
-        real = torch.stack([photo.rgb for photo in photos]) if photos else None
-        kept = photos and photos[0].depth is not None
-        labels = torch.stack([photo.depth for photo in photos]) if kept else None
-        return Batch(rgb, depth, mask, real, labels, [s.name for s in pairs + photos], bad)
+        period, n = divmod(m, len(self.order))
+        k = self.order[n]
+        turn = period * self.order.count(k) + self.order[:n].count(k)  # batches of set k before m
+        batch = MicroBatch([], [], [], [])
+        for frames, half, turn in ((self.synthetic[k], batch.synthetic, turn),
+                                   (self.real, batch.real, m)):
+            if frames is not None:
+                half += [self.pick(frames, turn * self.micro + j, batch) for j in range(self.micro)]
+        return batch
 
-    def take(self, frames, turn, bad):
-        """The samples of a set's turn-th micro-batch; appends what could not be used to `bad`."""
-        return [self.draw(frames, turn * self.micro + j, bad) for j in range(self.micro)]
-
-    def draw(self, frames, position, bad):
-        """The position-th sample of a set: every frame once per epoch, in a new order each time."""
+    def pick(self, frames, position, batch):
+        """The position-th frame of a set: every frame once per epoch, in a new order each time."""
         key = zlib.crc32(frames.name.encode())
         epoch, place = divmod(position, len(frames))
         rng = np.random.default_rng((self.seed, key, 1, position))
         flip = bool(rng.random() < 0.5) and self.flip
         spare = rng.integers(len(frames), size=TRIES)           # for a bad frame
         for i in (shuffled(self.seed, key, epoch, len(frames))[place], *spare):
+            name = f"{frames.name}/{frames.frames[i].rgb}"
             try:
-                return frames.sample(int(i), flip)
+                item = self.load(frames, int(i), flip)
+                batch.names.append(name)
+                return item
             except BadFrame as error:
-                bad.append(f"{frames.name}/{frames.frames[i].rgb}: {error}")
+                batch.bad.append(f"{name}: {error}")
         raise UserError(f"{frames.source}: {TRIES + 1} unusable frames in a "
-                        f"row, the last is {bad[-1]}; check the files")
+                        f"row, the last is {batch.bad[-1]}; check the files")
 
 
-class BadFrames:
-    """The bad frames of a run, each once; a checkpoint keeps state() and hands it back."""
-
-    def __init__(self, names=()):
-        self.names = dict.fromkeys(names)           # a set that remembers the order
-
-    def add(self, found):
-        """-> those not seen before, to be printed."""
-        new = [name for name in dict.fromkeys(found) if name not in self.names]
-        self.names.update(dict.fromkeys(new))
-        return new
-
-    def check(self, total, max_bad):
-        """Stop when more than the share `max_bad` of all `total` frames of the sets is bad."""
-        if len(self.names) > max_bad * total:
-            raise UserError(f"{len(self.names)} of {total} frames are bad, more than --max_bad "
-                            f"{max_bad:g}: repair or remove them, or raise it:\n  "
-                            + "\n  ".join(self.names))
-
-    def state(self):
-        return list(self.names)
+def check_bad(bad, total, max_bad):
+    """Stops when more than the share `max_bad` of all `total` frames of the sets is bad."""
+    if len(bad) > max_bad * total:
+        raise UserError(f"{len(bad)} of {total} frames are bad, more than --max_bad {max_bad:g}: "
+                        "repair or remove them, or raise it:\n  " + "\n  ".join(bad))
 
 
-# ----------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------- shared by all command lines
 
 def split_word(flag, word, known):
     """`name=path` -> name, Path"""
@@ -835,10 +756,73 @@ def parse_sources(sources, lists=(), rows=SETS, flag="--data"):
     for name, path in (split_word(flag, word, known) for word in sources):
         if name in found:
             raise UserError(f"{flag} names {name} twice: put both under one folder")
-        found[name] = path, None
+        listed = name == "pairs" and path.is_file() and path.suffix.lower() != ".tar"
+        found[name] = (path.parent, path) if listed else (path, None)
     for word in lists:
         name, path = split_word("--list", word, list(found) or known)
         if name not in found or path.is_dir():
             raise UserError(f"--list {word}: expected a list file for a set that --data names")
         found[name] = found[name][0], path
     return found
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """--help with each flag's default; of None, False and [] there is nothing to say."""
+
+    def _get_help_string(self, action):
+        nothing = action.default is None or action.default is False or action.default == []
+        return action.help if nothing else super()._get_help_string(action)
+
+
+def read_json(file):
+    """The object, a dict, in a JSON file."""
+    try:
+        content = json.loads(Path(file).read_text("utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file} is damaged ({explain(error)}); fetch it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is damaged (no JSON object); fetch it again")
+    return content
+
+
+UMASK = os.umask(0)
+os.umask(UMASK)                                     # the only way to read it sets it
+
+
+def open_to_others(file):
+    """safetensors writes files that their owner alone may read: give them the usual mode."""
+    os.chmod(file, 0o666 & ~UMASK)
+
+
+@contextmanager
+def replacing(file):
+    """Yields a temporary path beside `file` and renames it into place: whole or not at all."""
+    file = Path(file)
+    part = file.with_name(f".{os.getpid()}-{zlib.crc32(file.name.encode()):08x}.part")
+    try:
+        yield part
+        open_to_others(part)
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def command(run):
+    """Runs a script's main -> exit status: 2 and one sentence for what the user can put right, 130
+    when interrupted."""
+    for stream in (sys.stdout, sys.stderr):         # a path in another script must not end a run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        return run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"error: {place}{error.strerror or explain(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was saved is complete, and the same command goes on from there",
+              file=sys.stderr)
+        return 130

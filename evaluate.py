@@ -35,7 +35,8 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import (SETS, TEST_SETS, BadFrame, FrameSet, HelpFormatter, UserError, explain,
+TEST_SETS = ()
+from data import (SETS, BadFrame, FrameSet, HelpFormatter, UserError, explain,
                   open_image, open_root, parse_sources)
 from infer import load_model, predict_batch, predict_image
 from model import AUTHORS_INFO, SD_SCHEDULE, FiffDepth, Teacher, choose_device

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from data import (IMAGE_SUFFIXES, BadFrame, HelpFormatter, UserError, explain, open_image, to_rgb,
                   walk)
-from model import FiffDepth, choose_device, choose_dtype, local_file
+from model import FiffDepth, choose_device, choose_dtype, fetch
 
 if __name__ == "__main__":
     del sys.modules["transformers"]  # a folder in the authors' layout needs its text encoder
@@ -318,7 +318,7 @@ def load_model(a):
     if model.info.get("target") not in MEANING or not isinstance(model.info.get("size"), int):
         raise UserError(f"{a.checkpoint}: its fiffdepth.json must hold a target, disparity or "
                         "depth, and a size in pixels")
-    if "steps" not in model.info and local_file(a.checkpoint, "scheduler/scheduler_config.json"):
+    if "steps" not in model.info and (fetch(a.checkpoint, "unet/config.json", "") / "scheduler/scheduler_config.json").exists():
         print(f"note: nothing in {a.checkpoint} says that train.py trained it for depth; from a "
               "bare generator expect noise", file=sys.stderr)
     torch.backends.cudnn.deterministic = True  # the same bits each time

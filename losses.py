@@ -13,13 +13,13 @@ import torch.nn.functional as F
 # ------------------------------------------------------- Sec. 3.2: keeping the diffusion trajectory
 
 
-def blend(x0, d0, gamma):
-    """Eq. 2, first line: b_0 = γ x_0 + (1−γ) d_0, the image fading into its depth.
+def blend(x0, d0_star, gamma):
+    """Eq. 2, first line: b_0 = γ x_0 + (1−γ) d_0*, the image fading into its depth.
 
-    x0, d0, result [B, C, h, w]. d0 is the latent of the true depth, not the prediction: a target
-    must not move (README, "Where the paper is silent").
+    x0, d0_star, result [B, C, h, w]. The paper writes d_0; it is the latent of the true depth here,
+    not the prediction: a target must not move (README, "Where the paper is silent").
     """
-    return gamma * x0 + (1 - gamma) * d0
+    return gamma * x0 + (1 - gamma) * d0_star
 
 
 def add_noise(b0, eps, a_bar):
@@ -53,7 +53,7 @@ def trajectory_loss(v_hat, b0, eps, a_bar):
     """Eq. 3, second line: L_k = mean (v_t − ε̂_θ(b_t, t))², the generator's own task on blended
     latents.
 
-    v_hat  the network's answer ε̂_θ(b_t, t) to b_t = add_noise(b0, eps, a_bar), for t in 1..T−1
+    v_hat  the network's answer ε̂_θ(b_t, t) to b_t = add_noise(b0, eps, a_bar), for t in 1..999
            (0 is the clean step of Eq. 1 and never drawn);  b0, eps, v_hat [B, C, h, w];
            a_bar: see signal_noise
     The norm is read as a mean over cells and channels, so that λ_k does not depend on the picture's
@@ -90,10 +90,10 @@ def gradient_matching(d, d_star, mask=None):
     return along_x + along_y
 
 
-def low_pass(d, cells=4):
-    """The layout of a map without its detail: means over blocks of cells x cells latent cells.
+def block_mean(d, cells=4):
+    """Coarse depth, without its detail: means over blocks of cells x cells latent cells.
     [B, C, h, w] -> [B, C, ⌈h/cells⌉, ⌈w/cells⌉]; blocks at the border may be smaller. Not in the
-    paper: for --lambda_low, as a teacher's softness does not touch the layout (Sec. 3.3).
+    paper: for --lambda_low, as a teacher's softness does not touch coarse depth (Sec. 3.3).
     """
     return F.avg_pool2d(d, cells, ceil_mode=True)
 

