@@ -280,15 +280,16 @@ def choose_device(name):
 def choose_dtype(name, device, training=False):
     """--dtype: a name, or "auto", the fastest precision that is safe -> torch.dtype.
 
-    training  the precision of autocast over float32 weights: float32 or bfloat16
-    On a CPU it depends on the processor: bfloat16 is emulated on one (a hundred times slower) and
-    several times faster than float32 on the next, so "auto" measures it.
+    Inference: float16 on CUDA, else float32, from which bfloat16 maps lie too far (README).
+    training: the precision of autocast over float32 weights, bfloat16 where it is faster. That
+    depends on the processor: one emulates it (a hundred times slower), the next computes several
+    times faster in it than in float32; so on a CPU "auto" measures.
     """
     if name != "auto":
         return getattr(torch, name)
+    if not training:
+        return torch.float16 if device.startswith("cuda") else torch.float32
     if device.startswith("cuda"):
-        if not training:
-            return torch.float16
         return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float32
     faster = device == "cpu" and cpu_speedup(torch.bfloat16) > 1.2
     return torch.bfloat16 if faster else torch.float32

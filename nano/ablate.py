@@ -4,7 +4,7 @@
     python nano/ablate.py full "gamma 1" --seeds 5
     python nano/ablate.py full "random weights" --base nano/weights/generator --steps 250 \\
         --frames 256 --more="--warmup 20"
-    python nano/ablate.py --report           # the tables alone, from nano/ablation.jsonl
+    python nano/ablate.py --report           # nano/ablation.md alone, from nano/ablation.jsonl
 
 A run is one `train.py` from the same weights, scored on the held-out clean and wild scenes. Edges
 take longer to learn than an ablation of twenty runs can wait for: so by default all runs go on from
@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import shlex
-import shutil
 import signal
 import statistics
 import subprocess
@@ -36,26 +35,25 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from data import FrameSet, HelpFormatter, UserError  # noqa: E402
+from benchmarks.report import table  # noqa: E402
+from data import FrameSet, HelpFormatter, UserError, command, replacing  # noqa: E402
 from evaluate import pair_accuracy, random_pairs, score  # noqa: E402
 from infer import predict_image  # noqa: E402
 from model import INFO_FILE, FiffDepth, Teacher  # noqa: E402
 from train import fingerprint  # noqa: E402
 
 STYLES = ("clean", "wild")  # of held-out scenes
-# Each variant is the paper's method, gamma 0.5 and lambda_k 0.2, less one of its parts: PAPER takes
-# away what a generator's recipe adds, and further flags what the name says.
-PAPER = ["--filter_noise", "0", "--lambda_low", "0"]
+# Each variant is the paper's method, gamma 0.5 and lambda_k 0.2, less one of its parts.
 VARIANTS = {
-    "full": PAPER,
-    "gamma 1": [*PAPER, "--gamma", "1"],
-    "lambda_k 0": [*PAPER, "--lambda_k", "0"],
-    "no teacher": [*PAPER, "--no_teacher"],
-    "teacher at d_0": [*PAPER, "--teacher_at_d0"],
-    "random weights": [*PAPER, "--base", "random"],  # the same UNet, untrained
-    "our two flags": ["--filter_noise", "0.5", "--lambda_low", "1"],  # as in the shipped weights
+    "full": [],
+    "gamma 1": ["--gamma", "1"],
+    "lambda_k 0": ["--lambda_k", "0"],
+    "no teacher": ["--no_teacher"],
+    "teacher at d_0": ["--teacher_at_d0"],
+    "random weights": ["--base", "random"],  # the same UNet, untrained
+    "our two flags": ["--filter_noise", "0.5", "--lambda_low", "1"],
 }
-SWEEPS = {f"{name} {value}": [*PAPER, f"--{name}", str(value)]
+SWEEPS = {f"{name} {value}": [f"--{name}", str(value)]
           for name, values in (("gamma", (0, 0.25, 0.75)), ("lambda_k", (0.05, 0.5, 1)),
                                ("filter_noise", (0.5,)), ("lambda_low", (1,)))
           for value in values}
@@ -133,12 +131,9 @@ def train_one(out, seed, flags, a):
 
 def random_base(seed, a):
     """The generator's folder with a UNet that has learned nothing, another one for each seed."""
-    folder, recipe = a.work / f"untrained_{seed}", a.base / "recipe.json"
+    folder = a.work / f"untrained_{seed}"
     if (folder / INFO_FILE).exists():  # written last
         return folder
-    folder.mkdir(exist_ok=True)
-    if recipe.exists():
-        shutil.copy(recipe, folder)
     model = FiffDepth.from_pretrained(a.base)
     torch.manual_seed(1 + seed)
     model.unet = type(model.unet).from_config(model.unet.config)
@@ -160,7 +155,7 @@ def scores_on(model, folder, count):
     of those that all measures could score."""
     frames, rows = FrameSet("nano", folder), []
     for i in range(min(count, len(frames))):
-        rgb, depth, valid = frames.named(frames.read, i)
+        rgb, depth, valid = frames.or_stop(frames.read, i)
         pred, space = predict_image(model, rgb), model.info["target"]
         pairs = random_pairs(depth, valid, zlib.crc32(frames.names[i].encode()))
         rows.append((*score(pred, depth, valid, space, frames.layout),
@@ -219,6 +214,15 @@ def read_lines(file):
     return lines
 
 
+def write_report(file):
+    """ablation.jsonl -> ablation.md beside it, and the same on the screen."""
+    text = "\n".join(["# The ablation, in numbers (`python nano/ablate.py --report`)", "",
+                      *reports(file)])
+    with replacing(file.with_suffix(".md")) as part:
+        part.write_text(text, "utf-8")
+    print(text)
+
+
 def reports(file):
     """The tables of all experiments in the results, in the order of their last runs."""
     experiments = {}
@@ -234,31 +238,22 @@ def reports(file):
 def report(lines):
     """Markdown: the table of variants and sweeps, then a verdict for each claim."""
     names = [name for name in VARIANTS | SWEEPS if any(x["variant"] == name for x in lines)]
-    head = [f"{style}: {text}" for style in STYLES for text in MEASURES.values()]
     scored = min(line[style]["scored"] for line in lines for style in STYLES)
-    at_a_time = ", ".join(sorted({str(line["workers"]) for line in lines}))
     yield (f"{lines[0]['steps']} steps a run from {lines[0]['base']}, {scored} scenes of each "
-           "style, mean ± standard deviation over seeds; seconds a step: the fastest seed, "
-           f"{at_a_time} runs at a time")
+           "style, mean ± standard deviation over seeds")
     yield ""
-    yield "| variant | seeds | " + " | ".join(head) + " | seconds a step |"
-    yield "|---" * (len(head) + 3) + "|"
-    for name in names:
-        seconds = [x["seconds_a_step"] for x in lines if x["variant"] == name]
-        cells = [spread(values(lines, name, style, measure), measure)
-                 for style in STYLES for measure in MEASURES]
-        yield (f"| {name} | {len(seconds)} | " + " | ".join(cells)
-               + f" | {min(seconds):.2f} |")
+    head = [f"{style}: {text}" for style in STYLES for text in MEASURES.values()]
+    yield from table(["variant", "seeds", *head], (
+        [name, sum(x["variant"] == name for x in lines),
+         *(spread(values(lines, name, style, measure), measure)
+           for style in STYLES for measure in MEASURES)] for name in names))
     yield ""
-    yield "| claim | on wild scenes | with | without | verdict |"
-    yield "|---|---|---|---|---|"
-    for claim in CLAIMS:
-        better, than = (values(lines, name, "wild", claim.measure)
-                        for name in (claim.better, claim.than))
-        if better and than:
-            yield (f"| {claim.text} | {MEASURES[claim.measure]} | "
-                   f"{claim.better}: {spread(better, claim.measure)} | "
-                   f"{claim.than}: {spread(than, claim.measure)} | {verdict(better, than)} |")
+    pairs = ((claim, *(values(lines, name, "wild", claim.measure)
+                       for name in (claim.better, claim.than))) for claim in CLAIMS)
+    yield from table(["claim", "on wild scenes", "with", "without", "verdict"], (
+        [claim.text, MEASURES[claim.measure], f"{claim.better}: {spread(better, claim.measure)}",
+         f"{claim.than}: {spread(than, claim.measure)}", verdict(better, than)]
+        for claim, better, than in pairs if better and than))
 
 
 def widest_experiment(file):
@@ -336,22 +331,15 @@ def main(argv=None):
             parser.error(f"unknown variant {name!r}: choose from {', '.join(VARIANTS | SWEEPS)}")
     if min(a.seeds, a.steps, a.frames, a.workers) < 1:
         parser.error("--seeds, --steps, --frames and --workers are at least 1")
-    try:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        if a.report:
-            print("\n".join(reports(a.results)))
-            return
-        a.of, a.lock, a.children = identity(a), threading.Lock(), []
-        a.work = a.work / a.of
-        a.work.mkdir(parents=True, exist_ok=True)
-        a.results.parent.mkdir(parents=True, exist_ok=True)
-        run_all(a.variants, a)
-        print("\n".join(report(results(a))))
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if a.report:
+        return write_report(a.results)
+    a.of, a.lock, a.children = identity(a), threading.Lock(), []
+    a.work = a.work / a.of
+    a.work.mkdir(parents=True, exist_ok=True)
+    a.results.parent.mkdir(parents=True, exist_ok=True)
+    run_all(a.variants, a)
+    write_report(a.results)
 
 
 def identity(a):
@@ -362,11 +350,9 @@ def identity(a):
     nets = (base.unet, base.vae, Teacher.from_pretrained(a.teacher))
     frames = [len(list((a.data / folder).glob("rgb_*.png")))
               for folder in ("clean/train", "wild/train", "clean/test", "wild/test")]
-    recipe = a.base / "recipe.json"
-    made_of = [[fingerprint(net) for net in nets], recipe.exists() and recipe.read_text(), frames,
-               a.steps, a.frames, a.more]
+    made_of = [[fingerprint(net) for net in nets], frames, a.steps, a.frames, a.more]
     return hashlib.sha1(json.dumps(made_of).encode()).hexdigest()[:8]
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(main))

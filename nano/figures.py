@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from data import FrameSet, HelpFormatter, UserError, normalize_teacher  # noqa: E402
+from data import FrameSet, HelpFormatter, UserError, command, normalize_teacher  # noqa: E402
 from evaluate import score  # noqa: E402
 from infer import colorize, predict_image  # noqa: E402
 from losses import add_noise, blend  # noqa: E402
@@ -44,15 +44,15 @@ class World:
     def maps(self, i):
         """Frame i -> rgb uint8 [H, W, 3], and maps [H, W] in [-1, 1]:
         d_0, d_-1, teacher, truth."""
-        sample = self.frames.named(self.frames.sample, i, False)
-        return self.frames.read(i)[0], *self.predictions(sample.rgb), sample.depth[0].numpy()
+        sample = self.frames.or_stop(self.frames.sample, i, False)
+        return self.frames.read(i)[0], *self.predictions(sample.rgb), sample.label[0].numpy()
 
     @torch.no_grad()
     def predictions(self, rgb):
         """rgb [3, H, W] in [-1, 1] -> d_0, d_-1, teacher [H, W] in [-1, 1]"""
-        H, W = rgb.shape[-2:]
         d0 = self.model.predict(self.model.encode(rgb[None]))
-        both = [self.model.decode(d)[0, 0, :H, :W].numpy() for d in (d0, self.model.filter(d0))]
+        both = [self.model.decode(d, rgb.shape[-2:])[0, 0].numpy()
+                for d in (d0, self.model.filter(d0))]
         return *both, normalize_teacher(self.teacher(rgb[None])[0], "disparity")[0].numpy()
 
     def results(self, i):
@@ -106,8 +106,8 @@ def strip(w):
 @torch.no_grad()
 def trajectory(w):
     """Eq. 2: what is noised, for three gammas, from the clean blend b_0 to pure noise."""
-    sample, model = w.frames.named(w.frames.sample, 0, False), w.model
-    x0, d0 = model.encode(sample.rgb[None]), model.encode(sample.depth[None])
+    sample, model = w.frames.or_stop(w.frames.sample, 0, False), w.model
+    x0, d0 = model.encode(sample.rgb[None]), model.encode(sample.label[None])
     eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     times, rows, gammas = (None, 100, 300, 500, 700, 999), [], (1.0, 0.5, 0.0)
     for gamma in gammas:
@@ -163,7 +163,7 @@ def ablation(w):
                if (folder := run_folder(runs, name, 0)).exists()}
     if not trained:
         raise UserError(f"{runs}: its runs are not there; first: python nano/ablate.py")
-    rows, names = [[w.frames.named(w.frames.read, i)[0] for i in w.shown]], ["picture"]
+    rows, names = [[w.frames.or_stop(w.frames.read, i)[0] for i in w.shown]], ["picture"]
     for name, folder in trained.items():
         model = FiffDepth.from_pretrained(folder)
         rows.append([colorize(predict_image(model, rgb), "disparity") for rgb in rows[0]])
@@ -207,7 +207,7 @@ def failures(w):
     """The held-out scenes with the lowest delta1 after alignment: what the weights do not know."""
     scored = []
     for i in range(min(w.a.frames, len(w.frames))):
-        rgb, depth, valid = w.frames.named(w.frames.read, i)
+        rgb, depth, valid = w.frames.or_stop(w.frames.read, i)
         pred = predict_image(w.model, rgb)
         scored.append((score(pred, depth, valid, "disparity", w.frames.layout)[1], i))
     worst = sorted(scored)[:w.a.rows]
@@ -220,7 +220,7 @@ def photos(w):
     frames = FrameSet("photos", w.a.photos, size=(w.model.info["size"],) * 2)
     rows = []
     for i in range(len(frames)):
-        rgb = frames.named(frames.sample, i, False).rgb
+        rgb = frames.or_stop(frames.sample, i, False).rgb
         d0, _, label = w.predictions(rgb)
         rows.append([pixels(rgb), *(colorize(m, "disparity") for m in (d0, label))])
     return sheet(rows, ("picture", "d_0", "teacher"))
@@ -265,18 +265,9 @@ def main(argv=None):
             parser.error(f"unknown figure {name}: choose from {', '.join(FIGURES)}")
     if min(a.rows, a.frames) < 1:
         parser.error("--rows and --frames are at least 1")
-    missing = 0
-    try:
-        world = World(a)
-        a.out.mkdir(parents=True, exist_ok=True)
-        for name in a.figures:
-            missing += not draw(name, world)
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-    if missing:
-        sys.exit(1)
+    world = World(a)
+    a.out.mkdir(parents=True, exist_ok=True)
+    return int(not all([draw(name, world) for name in a.figures]))
 
 
 def draw(name, world):
@@ -292,4 +283,4 @@ def draw(name, world):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(main))
