@@ -5,7 +5,7 @@ none, the teacher labels them while training. Read top to bottom:
 storage (a folder or a .tar) -> decoders (bytes to arrays) -> SETS (one row per layout on disk)
 -> normalize (metres to [-1, 1]) -> FrameSet (one set) -> MixedBatches (the training mixture).
 
-The test sets of the paper's tables are rows of TEST_SETS, with the same reader.
+The test sets of the paper's tables are further rows, in benchmarks/sets.py, with the same reader.
 
     frames = FrameSet("hypersim", "/data/hypersim", list_file="filename_list_train_filtered.txt")
     rgb, depth, mask, name = frames.sample(0, flip=False)   # depth: [3, 480, 640] in [-1, 1]
@@ -214,10 +214,6 @@ def cm(data):
     return png16(data) / 100                        # metres; VKITTI's sky is 655.35
 
 
-def kitti_png(data):
-    return png16(data) / 256                        # metres; 0 where no laser beam ended
-
-
 def hdf5(data, key):
     """The array of an HDF5 file, float32 [H, W]."""
     try:
@@ -259,81 +255,6 @@ def kitti_crop(H, W):
     return slice(H - 352, H), slice(left, left + 1216)
 
 
-def eth3d_raw(data):
-    """ETH3D: a headerless array of 4032 x 6048 little-endian float32, inf where nothing was hit."""
-    if len(data) != 4032 * 6048 * 4:
-        raise BadFrame(f"depth has {len(data)} bytes, not 4032 x 6048 x 4")
-    return np.frombuffer(data, "<f4").reshape(4032, 6048)
-
-
-def npy(data, what):
-    """.npy file -> array [H, W], without axes of length 1."""
-    try:
-        array = np.load(io.BytesIO(data)).squeeze()
-    except (ValueError, EOFError, OSError, AttributeError) as error:
-        raise BadFrame(f"{what} is not a .npy file of numbers ({error})") from error
-    if array.ndim != 2:
-        raise BadFrame(f"{what} has the shape {array.shape}, not (height, width)")
-    return array
-
-
-def diode_npy(data, mask):
-    """DIODE: float32 metres, valid where the mask file says so and nowhere else."""
-    depth, valid = npy(data, "depth"), npy(mask, "depth mask").astype(bool)
-    if depth.shape != valid.shape:
-        raise BadFrame(f"depth {depth.shape} and depth mask {valid.shape} differ in size")
-    return np.where(valid, depth, 0).astype(np.float32)
-
-
-def sintel_dpt(data, invalid=None):
-    """Sintel .dpt: float32 202021.25 (the bytes PIEH), int32 width, height, float32 rows; metres.
-    The optional PNG is not 0 where a pixel is invalid."""
-    if data[:4] != b"PIEH" or len(data) < 12:
-        raise BadFrame("depth is not a .dpt file (no tag PIEH)")
-    W, H = np.frombuffer(data, "<i4", 2, 4)
-    if len(data) != 12 + 4 * W * H:
-        raise BadFrame(f"depth has {len(data)} bytes, not those of {H}x{W} pixels")
-    depth = np.frombuffer(data, "<f4", offset=12).reshape(H, W)
-    return depth if invalid is None else np.where(grey8(invalid, depth) > 0, np.nan, depth)
-
-
-def spring_dsp5(data, intrinsics, frame):
-    """Spring: disparity of twice the picture's resolution, in pixels of the picture -> metres.
-
-    z = fx 0.065 m / disparity; a disparity of 0 is sky, infinitely far; NaN stays. intrinsics.txt
-    has a row `fx fy cx cy` for each frame, and frames count from 1.
-    """
-    rows = intrinsics.decode(errors="replace").splitlines()
-    try:
-        fx = float(rows[int(frame) - 1].split()[0])
-    except (IndexError, ValueError) as error:
-        raise BadFrame(f"intrinsics.txt has no focal length for frame {frame}") from error
-    disparity = hdf5(data, "disparity")[::2, ::2]
-    with np.errstate(divide="ignore"):
-        return np.where(disparity <= 0, np.inf, fx * 0.065 / disparity)
-
-
-def ibims_png(data, valid, opaque):
-    """iBims-1: 16 bits over 50 m, 0 and 65535 are no data. Despite their names, mask_invalid is
-    not 0 where a pixel is valid, and mask_transp where it is not transparent."""
-    raw = png16(data)
-    good = (raw > 0) & (raw < 65535) & (grey8(valid, raw) > 0) & (grey8(opaque, raw) > 0)
-    return np.where(good, raw * (50 / 65535), 0)
-
-
-def grey8(data, like=None):
-    """Mask or matte, 8 bits of any mode -> uint8 [H, W], of the size of `like`"""
-    mask = np.asarray(load(data, "mask").convert("L"))
-    if like is not None and mask.shape != like.shape:
-        raise BadFrame(f"mask {mask.shape} and depth {like.shape} differ in size")
-    return mask
-
-
-def matte(data):
-    """Alpha matte or object mask -> float32 [H, W] in [0, 1]"""
-    return grey8(data).astype(np.float32) / 255
-
-
 # ---------------------------------------------------------------------- the table of layouts
 
 class Layout(NamedTuple):
@@ -342,13 +263,14 @@ class Layout(NamedTuple):
     what: str                       # what a user should have on disk, for error messages
     rgb: str                        # regular expression of the picture's whole name ...
     depth: Optional[str] = None     # ... and its partner's name; None: pictures without depth
-    decode: Optional[Callable] = None               # bytes, and those of more -> [H, W] metres
+    decode: Optional[Callable] = None               # bytes -> [H, W] metres; see more
     near: float = 0.0               # metres: valid when near < depth < far
     far: float = math.inf
     crop: Optional[Callable] = None                 # (H, W) -> rows, columns to keep
     size: Optional[tuple] = None    # (H, W) fed to the network; None: as stored
-    more: tuple = ()                # further arguments of decode: names of files like depth's,
-    #                                 "?name" of one that may be missing (None), "=text" itself
+    more: tuple = ()                # names like depth's of further files: decode then gets their
+    #                                 bytes too, and last the picture's name
+    optional: bool = False          # the files of more may be missing: decode gets None
     window: Optional[tuple] = None  # (top, bottom, left, right) of a picture of (.., H, W): only
     #                                 these pixels are valid
     sky: bool = False               # what lies beyond far is valid, at the distance far
@@ -381,64 +303,6 @@ SETS = (
            r"(.*/)?rgb_([^/]+)\.png", r"\1depth_\2.png", mm, near=1e-3, far=40.0),
     Layout("photos", "pictures (" + " ".join(IMAGE_SUFFIXES) + "), in sub-folders or .tar shards "
            "if you like", r"(?i).+(" + "|".join(map(re.escape, IMAGE_SUFFIXES)) + ")"),
-)
-
-
-MM_10 = dict(decode=mm, near=1e-3, far=10.0)
-NO_TEST = r"(?!(?:.*/)?test/)"                  # pictures whose depth is kept secret
-SPLIT = r"(\d{4}_\d\d_\d\d)/(\2_drive_\d+_sync)"       # KITTI: day and drive
-
-# The sets of the paper's tables (Sec. 4.2). Depth sets: Marigold's prepared archives, or what they
-# unpack to; boundary sets: as their authors publish them.
-TEST_SETS = (
-    Layout("nyu", "Marigold's NYUv2 (test/kitchen_0004/rgb_0001.png with depth_0001.png)",
-           r"(.*/)?(test/[^/]+)/rgb_(\d+)\.png", r"\1\2/depth_\3.png", **MM_10,
-           window=(45, 471, 41, 601, 480, 640), count=654),
-    Layout("nyu", "the same without the folder test/",
-           r"(.*/)?rgb_(\d+)\.png", r"\1depth_\2.png", **MM_10,
-           window=(45, 471, 41, 601, 480, 640), count=654),
-    Layout("kitti", "Marigold's KITTI Eigen split (2011_09_26/2011_09_26_drive_0002_sync/image_02/"
-           "data/0000000069.png with 2011_09_26_drive_0002_sync/proj_depth/groundtruth/...)",
-           r"(.*/)?" + SPLIT + r"/image_02/data/(\d+)\.png",
-           r"\1\3/proj_depth/groundtruth/image_02/\4.png", kitti_png, near=1e-5, far=80.0,
-           crop=kitti_crop, window=(117, 321, 43, 1172, 352, 1216), count=652),
-    Layout("eth3d", "Marigold's ETH3D (rgb/office/images/dslr_images/DSC_0219.JPG with depth/"
-           "office_dslr_depth/office/ground_truth_depth/dslr_images/DSC_0219.JPG)",
-           r"(.*/)?rgb/([^/]+)/images/dslr_images/([^/]+\.JPG)",
-           r"\1depth/\2_dslr_depth/\2/ground_truth_depth/dslr_images/\3", eth3d_raw, near=1e-5,
-           count=454),
-    Layout("scannet", "Marigold's ScanNet (scene0406_02/color/000300.jpg with depth/000300.png)",
-           r"(.*/)?(scene\d+_\d+)/color/(\d+)\.jpg", r"\1\2/depth/\3.png", **MM_10, count=800),
-    Layout("diode", "DIODE's validation set (indoors/scene_00021/scan_00189/x.png with "
-           "x_depth.npy and x_depth_mask.npy)",
-           r"(.*/)?((?:indoors|outdoor)/scene_\d+/scan_\d+/[^/]+)\.png", r"\1\2_depth.npy",
-           diode_npy, more=(r"\1\2_depth_mask.npy",), count=771),
-    Layout("da2k", "DA-2K (annotations.json with images/indoor/x.jpg)",
-           r"(?i)(.*/)?images/.+(" + "|".join(map(re.escape, IMAGE_SUFFIXES)) + ")"),
-    *(Layout(name, f"Sintel's training set with depth ({folder}/alley_1/frame_0001.png with "
-             "depth/alley_1/frame_0001.dpt, below training/)",
-             NO_TEST + rf"(.*/)?{folder}/([^/]+)/(frame_\d+)\.png", r"\1depth/\2/\3.dpt",
-             sintel_dpt, near=0.01, far=80.0, sky=True, more=(r"?\1invalid/\2/\3.png",), count=1064)
-      for name, folder in (("sintel", "final"), ("sintel-clean", "clean"))),
-    Layout("spring", "Spring's training set (0001/frame_left/frame_left_0001.png with disp1_left/"
-           "disp1_left_0001.dsp5 and cam_data/intrinsics.txt, below train/)",
-           NO_TEST + r"(.*/)?(\d{4})/frame_left/frame_left_(\d+)\.png",
-           r"\1\2/disp1_left/disp1_left_\3.dsp5", spring_dsp5, near=0.01, far=200.0, sky=True,
-           more=(r"\1\2/cam_data/intrinsics.txt", r"=\3"), count=5000),
-    Layout("ibims", "iBims-1, ibims1_core_raw (rgb/x.png with depth/, mask_invalid/, mask_transp/)",
-           r"(.*/)?rgb/([^/]+)\.png", r"\1depth/\2.png", ibims_png, near=0.1, far=10.0,
-           more=(r"\1mask_invalid/\2.png", r"\1mask_transp/\2.png"), count=100),
-    Layout("am2k", "AM-2k (validation/original/m_x.jpg with validation/mask/m_x.png)",
-           r"(.*/)?validation/original/([^/]+)\.jpg", r"\1validation/mask/\2.png", matte,
-           matte=True, count=200),
-    *(Layout(name, f"P3M-10k (validation/{split}/{folder}/x.jpg with mask/x.png)",
-             rf"(.*/)?{split}/{folder}/([^/]+)\.jpg", rf"\1{split}/mask/\2.png", matte, matte=True,
-             count=500)
-      for name, split, folder in (("p3m", "P3M-500-NP", "original_image"),
-                                  ("p3m-p", "P3M-500-P", "blurred_image"))),
-    Layout("dis5k", "DIS5K (DIS-VD/im/x.jpg with DIS-VD/gt/x.png; the 200 of Depth Pro by --list "
-           "dis5k=dis5k_sample_list.txt)",
-           r"(.*/)?(DIS-\w+)/im/([^/]+)\.jpg", r"\1\2/gt/\3.png", matte, matte=True, count=200),
 )
 
 
@@ -495,7 +359,7 @@ def normalize_teacher(disparity, space):
 class Frame(NamedTuple):
     rgb: str                        # names inside the root
     depth: Optional[str]
-    more: tuple = ()                # names of the layout's further files, and its "=" words
+    more: tuple = ()                # names of the layout's further files, None for a missing one
 
 
 class Sample(NamedTuple):
@@ -549,20 +413,21 @@ def read_list(path, names, pairs):
 class FrameSet(Dataset):
     """One data set: the frames of a root (folder or .tar), all of them or those of a list file.
 
-    name      a name in SETS or TEST_SETS
+    name      a name in rows
     space     of the label: "disparity" or "depth"
     size      (H, W) to feed; default: the row's, else that of the first readable frame
     cap       use the first so many frames only
     flag      that named the set, for the sentences
+    rows      the table of layouts in which the name is looked up
     .frames   [Frame]     .missing   ["set/file: reason"], frames that lack a file
     .names    of their pictures      .wanted    of all pictures, also those that lack a file
     """
 
     def __init__(self, name, path, list_file=None, space="disparity", size=None, cap=None,
-                 flag="--data"):
+                 flag="--data", rows=SETS):
         self.name, self.path, self.space = name, Path(path), space
         self.flag = flag
-        rows = [row for row in SETS + TEST_SETS if row.name == name]
+        rows = [row for row in rows if row.name == name]
         self.store = open_root(name, self.path, rows[0].depth is None, flag)
         names = set(self.store.names())
         pairs = rows[0].depth is not None and not rows[0].matte
@@ -598,17 +463,16 @@ class FrameSet(Dataset):
         """The files of a frame that are not there; its own name, when it is not as the layout's."""
         if frame.rgb in names and not re.fullmatch(self.layout.rgb, frame.rgb):
             return [f"picture named like {self.layout.what}"]
-        return [n for n in (*frame[:2], *frame.more) if n and n[0] != "=" and n not in names]
+        return [n for n in (*frame[:2], *frame.more) if n and n not in names]
 
     def complete(self, frame, names):
         """Adds what goes by the picture's name: its partner, where a list has none, and more."""
         match = re.fullmatch(self.layout.rgb, frame.rgb)
         if not match or not self.layout.depth:
             return frame
-        more = []
-        for word in (match.expand(word) for word in self.layout.more):
-            optional, word = word[0] == "?", word.removeprefix("?")
-            more.append(None if optional and word not in names else word)
+        more = [match.expand(name) for name in self.layout.more]
+        if self.layout.optional:
+            more = [name if name in names else None for name in more]
         return Frame(frame.rgb, frame.depth or match.expand(self.layout.depth), tuple(more))
 
     def probe(self):
@@ -644,7 +508,8 @@ class FrameSet(Dataset):
         rgb = open_image(self.store.read(frame.rgb), upright=frame.depth is None)
         if frame.depth is None:
             return rgb, None, None
-        more = map(self.argument, frame.more)
+        more = [name and self.store.read(name) for name in frame.more]
+        more += [frame.rgb] if row.more else []
         depth = row.decode(self.store.read(frame.depth), *more).astype(np.float32)
         if rgb.shape[:2] != depth.shape:
             raise BadFrame("picture of {}x{} and {} of {}x{} pixels".format(
@@ -674,12 +539,6 @@ class FrameSet(Dataset):
             return read(i, *more)
         except BadFrame as error:
             raise UserError(f"{self.path / self.frames[i].rgb}: {error}") from None
-
-    def argument(self, word):
-        """A further argument of decode: a file's bytes, the text behind "=", None for None."""
-        if word is None or word[0] == "=":
-            return word and word[1:]
-        return self.store.read(word)
 
     def sample(self, i, flip):
         """-> Sample, as the network takes it; `flip` mirrors left and right."""

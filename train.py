@@ -473,7 +473,8 @@ def validate(model, teacher, held_out, device, preview, rows=4):
             shown = show(model, d0, rgb)  # [1, 1, H, W] in [-1, 1]
             pred = F.interpolate((shown + 1) / 2, depth.shape, mode="bilinear", antialias=True)
             pred = pred[0, 0].float().cpu().numpy()
-            scores.append(score(pred, depth, valid, space, frames.layout))
+            scores.append(score(pred, depth, valid, space, frames.layout.near,
+                                frames.layout.far))
             if len(pictures) < rows:
                 maps = [shown, show(model, model.filter(d0), rgb)]
                 if teacher is not None:
