@@ -14,8 +14,9 @@ and memory does not grow. An image without a score is counted and named, never a
 """
 import argparse
 import collections
-import hashlib
 import functools
+import hashlib
+import os
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -380,7 +381,7 @@ class Predictor(NamedTuple):
 
 def identity(where, *nets):
     """A short digest of some numbers of every weight: another training gives another."""
-    digest = hashlib.sha1(where.encode())
+    digest = hashlib.sha1(os.fsencode(where))
     for net in nets:
         for name, value in net.state_dict().items():
             some = value.detach().reshape(-1)[::max(1, value.numel() // 64)].float().cpu().numpy()
@@ -500,7 +501,7 @@ def row_of(s, i, pred, truth, valid, kind, space):
     flat = *masked(aligned, truth, valid), True
     row |= {"abs_rel": abs_rel(*flat), "delta1": delta1(*flat)} | other_metrics(*flat)
     if measure == "small":
-        pairs = random_pairs(truth, valid, zlib.crc32(s.frames.names[i].encode()))
+        pairs = random_pairs(truth, valid, zlib.crc32(os.fsencode(s.frames.names[i])))
         row["f1_aligned"] = boundary_f1(aligned, truth, valid)
         row |= {"pairs_right": pair_accuracy(pred, pairs, kind)} if len(pairs) else {}
     return row

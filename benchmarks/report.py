@@ -79,9 +79,10 @@ def add_line(file, line):
 
 
 def replace_text(file, text):
-    """Written beside and renamed into place: whole or not at all."""
+    """Written beside and renamed into place: whole or not at all. UTF-8, whatever the locale; names
+    of files that are not keep their bytes."""
     temporary = file.with_name(f".{file.name[:100]}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
     os.replace(temporary, file)
 
 
@@ -105,11 +106,12 @@ def open_results(folder, settings):
     words = [settings[key] for key in ("set", "predictor", "size", "aligned_in")]
     name = "-".join(str(word) for word in words if word is not None)
     file = folder / (re.sub(r"[^\w-]+", "_", f"{name}-{digest}") + ".jsonl")
-    lines = read_lines(file)
-    if not lines and (not file.exists() or not file.stat().st_size):
-        lines = [{"settings": settings}]
-        add_line(file, lines[0])
-    if lines[:1] != [{"settings": settings}]:
+    first, lines = {"settings": settings}, read_lines(file)
+    begun = file.read_text("utf-8", errors="replace") if file.exists() else ""
+    if not lines and json.dumps(first).startswith(begun):  # nothing, or what a kill left of it
+        lines = [first]
+        add_line(file, first)
+    if lines[:1] != [first]:
         raise UserError(f"{file}: does not begin as a file of evaluate.py; remove it, or choose "
                         "another --out")
     return file, lines
@@ -126,8 +128,12 @@ def all_results(folder, program):
             summaries = {line["chosen"]: settings | line for line in lines if "chosen" in line}
             found += summaries.values()
     columns = [title for titles in TABLES.values() for title in titles]
-    return sorted(found, key=lambda r: (columns.index(r["title"]) if r["title"] in columns
-                                        else len(columns), r["title"], r["chosen"]))
+
+    def place(r):
+        column = columns.index(r["title"]) if r["title"] in columns else len(columns)
+        return column, *(str(r[key]) for key in ("title", "predictor", "source", "path", "chosen"))
+
+    return sorted(found, key=place)
 
 
 def write_tables(folder, results, others):

@@ -16,6 +16,7 @@ import gc
 import platform
 import sys
 import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -289,8 +290,8 @@ def flops(function, *arguments):
 def seconds_of(run, size, images, warm_up, device, end=float("inf"), title=""):
     """-> seconds of each picture (numpy arrays in memory to a map in memory), and the last map.
 
-    end    on time.monotonic's clock: a picture that would not be done by then is not begun, but the
-           first always is. Where no warm-up was possible, its seconds are those of the first.
+    end    on time.monotonic's clock: a picture that would not be done by then is not begun, and the
+           first is stopped with OutOfTime. Where no warm-up was possible, its seconds count.
     title  of the progress bar
     """
     pictures, seconds = np.random.default_rng(0), []
@@ -301,10 +302,29 @@ def seconds_of(run, size, images, warm_up, device, end=float("inf"), title=""):
         picture = pictures.integers(0, 256, (size, size, 3), np.uint8)
         synchronize(device)
         began = time.perf_counter()
-        values = run(picture)
+        with time_limit(end) if not seconds else nullcontext():
+            values = run(picture)
         synchronize(device)
         seconds.append(time.perf_counter() - began)
     return seconds[warm_up:] or seconds[-1:], values
+
+
+class OutOfTime(Exception):
+    pass
+
+
+@contextmanager
+def time_limit(end):
+    """Raises OutOfTime before the first layer, of any network, that begins after `end`."""
+    def check(*_):
+        if time.monotonic() > end:
+            raise OutOfTime
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def synchronize(device):
@@ -371,6 +391,8 @@ def try_one(method, source, precision, device, *how):
     try:
         with torch.inference_mode():
             return time_one(method, source, precision, device, *how)
+    except OutOfTime:
+        return {"error": "longer than its share of --minutes"}
     except Exception as error:
         return {"error": f"failed: {explain(error)}"}
     finally:
@@ -461,9 +483,9 @@ def flags():
                                      formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--images", type=int, metavar="N", help="pictures timed for each method, or as many as its "
-        "share of --minutes allows, at least one; without it, 100 on CUDA and 3 elsewhere")
-    add("--minutes", type=float, default=20.0, help="for the whole table; a method that is "
-        "running then ends with its picture")
+        "share of --minutes allows; without it, 100 on CUDA and 3 elsewhere")
+    add("--minutes", type=float, default=20.0, help="for the whole table; a method whose first "
+        "picture takes longer than its share of what is left is stopped, and its row says so")
     add("--size", type=int, default=512, metavar="PIXELS", help="sides of the pictures")
     add("--weights", nargs="+", action="extend", default=[], metavar="NAME=DIR|HUB_ID",
         help="weights: " + ", ".join(sorted({method.name for method in METHODS}))
