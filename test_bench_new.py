@@ -853,10 +853,13 @@ class TestReport:
             f"{ours}012345, aligned in disparity | {full} (5 of 654) |  |  |  |  |  |"]
 
     def test_boundary_rows_name_mode_and_size(self):
-        found = [_result(title="Sintel F1", size=768, scores={"f1_raw": 0.1, "f1_aligned": 0.2})]
-        raw, aligned = report.paper_table(report.TABLES["Table 2: boundary F1, recall"], found)[-2:]
-        assert "raw disparity, longer side 768 | 0.100 |" in raw
-        assert "aligned in disparity, longer side 768 | 0.200 |" in aligned
+        found = [_result(title="Sintel F1", size=768, scores={"f1_raw": 0.1, "f1_aligned": f1},
+                         aligned_in=space) for f1, space in ((0.2, "disparity"), (0.3, "depth"))]
+        lines = report.paper_table(report.TABLES["Table 2: boundary F1, recall"], found)
+        assert [line.partition("012345, ")[2][:45] for line in lines[-3:]] == [
+            "raw disparity, longer side 768 | 0.100 |  |  ",  # once: no alignment changes it
+            "aligned in disparity, longer side 768 | 0.200",
+            "aligned in depth, longer side 768 | 0.300 |  "]
 
     def test_a_sets_table_begins_with_its_protocol_and_shows_other_metrics_on_demand(self):
         found = [_result(scores={"abs_rel": 0.1, "delta1": 0.5, "rmse": 2}, upside_down=3)]

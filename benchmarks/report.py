@@ -181,13 +181,16 @@ def paper_table(columns, results):
             continue
         part = "" if r["scored"] >= r["count"] else f" ({r['scored']} of {r['count']})"
         for mode, cell in paper_cells(r["scores"]).items():
-            label = paper_label(r, mode)
-            free = (cells for name, cells in rows if name == label and r["title"] not in cells)
-            cells = next(free, None)  # the same set twice, from another list or folder: two rows
+            label, cell = paper_label(r, mode), cell + part
+            # A row of this label in which the set has no other number, as of another list; a raw
+            # score comes with each alignment.
+            free = (cells for name, cells in rows
+                    if name == label and cells.get(r["title"], cell) == cell)
+            cells = next(free, None)
             if cells is None:
                 cells = {}
                 rows.append((label, cells))
-            cells[r["title"]] = cell + part
+            cells[r["title"]] = cell
     return list(table(["", *columns],
                       [[label, *(cells.get(c, "") for c in columns)] for label, cells in rows]))
 
@@ -202,13 +205,13 @@ def paper_cells(scores):
 
 
 def paper_label(r, mode):
-    """What distinguishes a row, the digest of its weights included."""
+    """What distinguishes a row; two networks of one name by the digest of their weights."""
     words = [f"{r['predictor']} {r['source']}".strip()]
-    words += [f"weights {r['weights'][:6]}"] if r["weights"] else []
+    words += [f"weights {r['weights'][:6]}"] if r["weights"] and r["predictor"] != "maps" else []
     if r["aligned_in"] and mode in ("", "aligned"):
         words.append(f"aligned in {r['aligned_in']}")
     else:
-        words.append(f"{mode} {r['map']}".strip())
+        words.append(" ".join(dict.fromkeys([mode, r["map"]])).strip())  # not: metric metric
     if mode or "all" in r["scores"]:  # the sets that the paper names no size for
         words.append(f"longer side {size_label(r['size'])}")
     return ", ".join(words)
