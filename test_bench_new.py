@@ -86,7 +86,7 @@ def _refused(kind, function, *arguments, **options):
     return str(caught.value)
 
 
-# ---------------------------------------------------------------- small test sets of the true formats
+# ---------------------------------------------------------------- small sets of the true formats
 
 
 def _npy(array):
@@ -171,7 +171,7 @@ def _save_map(root, image, values):
 
 @pytest.fixture
 def evaluate(tmp_path, capsys):
-    """evaluate(words) -> exit status, what was printed, and the errors; --out is r, maps in maps."""
+    """evaluate(words) -> exit status, what was printed, the errors; --out is r, maps in maps."""
     def run(*words):
         status = ev.main(["--out", str(tmp_path / "r"), "--device", "cpu", *map(str, words)])
         out, err = capsys.readouterr()
@@ -899,7 +899,8 @@ class TestReport:
             report.add_line(file, {"chosen": chosen, "scored": scored})
         report.open_results(tmp_path, settings | {"program": 0})
         (tmp_path / "notes.jsonl").write_text('{"prompt": "mine"}\nnot json\n')
-        report.add_line(report.open_results(tmp_path, _result(program=1, path="/n"))[0], {"chosen": ""})
+        other, _ = report.open_results(tmp_path, _result(program=1, path="/n"))
+        report.add_line(other, {"chosen": ""})
         found = report.all_results(tmp_path, program=1)
         assert [(r["title"], r["chosen"], r["scored"]) for r in found] == [
             ("NYUv2", "", 654), ("ScanNet", "", 3), ("ScanNet", "the first 2", 2)]
@@ -959,9 +960,9 @@ class TestReport:
 
 # ================================================================ Table 3: running time
 
-SPEED_UNET = {"block_out_channels": (32,) * 4, "layers_per_block": 1, "attention_head_dim": 8,
+SPEED_UNET = {"block_out_channels": (16,) * 4, "layers_per_block": 1, "attention_head_dim": 8,
               "cross_attention_dim": 32, "norm_num_groups": 8}
-SPEED_VAE = speed.SD_VAE | {"block_out_channels": (32,) * 4, "layers_per_block": 1,
+SPEED_VAE = speed.SD_VAE | {"block_out_channels": (16,) * 4, "layers_per_block": 1,
                             "norm_num_groups": 8}
 SPEED_VIT = {"model_type": "dinov2", "hidden_size": 32, "num_attention_heads": 4,
              "num_hidden_layers": 4}

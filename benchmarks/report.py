@@ -168,8 +168,8 @@ def set_table(results, others=False):
         rows.append(cells + [form.format(r["scores"][key]) if key in r["scores"] else ""
                              for key, (_, form) in titles.items()])
     head += ["scale < 0"] if aligned else []
-    return [results[0]["protocol"], "", *table(head + [title for title, _ in titles.values()], rows),
-            ""]
+    head += [title for title, _ in titles.values()]
+    return [results[0]["protocol"], "", *table(head, rows), ""]
 
 
 def paper_table(columns, results):

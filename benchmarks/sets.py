@@ -1,8 +1,8 @@
 """The test sets of the paper's tables as they lie on disk (Sec. 4.2), and maps of other programs.
 
 Depth sets: Marigold's prepared archives, or what they unpack to; boundary sets and DA-2K: as their
-authors publish them. A set is a row of TEST_SETS, which data.FrameSet reads, and its decoder; DA-2K,
-which has pairs of points and no depth, is a PairSet.
+authors publish them. A set is a row of TEST_SETS, which data.FrameSet reads, and its decoder;
+DA-2K, which has pairs of points and no depth, is a PairSet.
 
     frames = FrameSet("nyu", "nyu_labeled_extracted.tar", rows=TEST_SETS)
     rgb, depth, valid = frames.read(0)
@@ -139,8 +139,8 @@ TEST_SETS = (
     *(Layout(name, f"Sintel's training set with depth ({folder}/alley_1/frame_0001.png with "
              "depth/alley_1/frame_0001.dpt, below training/)",
              NO_TEST + rf"(.*/)?{folder}/([^/]+)/(frame_\d+)\.png", r"\1depth/\2/\3.dpt",
-             sintel_dpt, near=0.01, far=80.0, sky=True, more=(r"\1invalid/\2/\3.png",), optional=True,
-             count=1064)
+             sintel_dpt, near=0.01, far=80.0, sky=True, more=(r"\1invalid/\2/\3.png",),
+             optional=True, count=1064)
       for name, folder in (("sintel", "final"), ("sintel-clean", "clean"))),
     Layout("spring", "Spring's training set (0001/frame_left/frame_left_0001.png with disp1_left/"
            "disp1_left_0001.dsp5 and cam_data/intrinsics.txt, below train/)",
