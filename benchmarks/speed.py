@@ -499,6 +499,8 @@ def flags():
 
 
 def main(argv=None):
+    for stream in (sys.stdout, sys.stderr):  # what the terminal cannot show must not end a run
+        stream.reconfigure(errors="backslashreplace")
     try:
         return run(flags().parse_args(argv))
     except UserError as error:
