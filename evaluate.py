@@ -1,27 +1,23 @@
-"""The paper's tables: aligned depth (Table 1), boundaries (Table 2), running time (Table 3).
+"""The paper's Tables 1 and 2: aligned depth and pairs of points, boundaries (Sec. 4.2).
 
     python evaluate.py         # FiffDepth, its teacher and a vertical ramp on held-out wild scenes
     python evaluate.py --checkpoint runs/sd2 --data nyu=nyu_labeled_extracted.tar da2k=DA-2K
     python evaluate.py --predictions maps/ --space depth --data nyu=/data/nyu   # anyone's maps
-    python evaluate.py --speed                                                  # Table 3
 
-Read top to bottom: metrics on arrays (numpy in, floats out) -> TESTS (what decides each number:
-size, alignment, range) -> predictors -> sets -> one image to a row -> the loop -> tables -> Table 3
--> the command. Each scored image is a line of --out at once: an interrupted run goes on, nothing is
-computed twice, and memory does not grow. An image without a score is counted and named, never
-averaged in.
+Read top to bottom: metrics on arrays (numpy in, floats out) -> PROTOCOLS (what decides each number:
+size, alignment, range) -> predictors -> one image to a row -> the loop -> the command. The sets on
+disk are benchmarks/sets.py, the results and tables benchmarks/report.py, Table 3 is
+benchmarks/speed.py.
+
+Each scored image is a line in --out at once: an interrupted run goes on, nothing is computed twice,
+and memory does not grow. An image without a score is counted and named, never averaged in.
 """
 import argparse
 import collections
 import functools
-import gc
 import hashlib
-import io
-import json
 import os
-import platform
 import sys
-import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,22 +26,47 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
-from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-TEST_SETS = ()
-from data import (SETS, BadFrame, FrameSet, HelpFormatter, UserError, explain,
-                  open_image, open_root, parse_sources)
-from infer import load_model, predict_batch, predict_image
-from model import AUTHORS_INFO, SD_SCHEDULE, FiffDepth, Teacher, choose_device
+from benchmarks import report
+from benchmarks.sets import TEST_SETS, PairSet, find_maps, map_of, scene_of, stamp, version_of
+from data import SETS, BadFrame, FrameSet, HelpFormatter, UserError, explain, parse_sources
+from infer import load_model, predict_batch
+from model import Teacher
 
 HERE = Path(__file__).resolve().parent
 THRESHOLDS = np.linspace(1.05, 1.25, 10)  # of boundaries, as ratios of depth; they are weights too
+# To be raised when a change here changes a score: results of earlier versions are then ignored.
+PROGRAM = 3
 
 
 # ---------------------------------------------------------------- Table 1: aligned depth
+
+
+def fit_line(pred, depth, mask, space="disparity", max_res=None):
+    """-> scale and shift by least squares of align; NaN for fewer than two pixels."""
+    pred, depth = np.asarray(pred, np.float64), np.asarray(depth, np.float64)
+    fit = (np.broadcast_to(np.asarray(mask, bool), depth.shape) & (depth > 0) & np.isfinite(depth)
+           & np.isfinite(pred))
+    if space == "disparity":
+        fit = fit & (pred > 0)
+    columns = slice(None)
+    if max_res and max(depth.shape) > max_res:
+        numbers = torch.arange(depth.shape[1], dtype=torch.float32)[None, None]
+        columns = F.interpolate(numbers, scale_factor=max_res / max(depth.shape), mode="nearest")
+        columns = columns[0, 0].numpy().astype(int)
+    fit, x, y = fit[:, columns], pred[:, columns], depth[:, columns]
+    if fit.sum() < 2:
+        return np.nan, np.nan
+    target = 1 / y[fit] if space == "disparity" else y[fit]
+    terms = np.stack([x[fit], np.ones(fit.sum())], 1)
+    return np.linalg.lstsq(terms, target, rcond=None)[0]
+
+
+def on_line(pred, scale, shift, space, lowest=1e-3):
+    """A map [H, W] at a scale and shift -> metres [H, W]; see align."""
+    aligned = scale * np.asarray(pred, np.float64) + shift
+    return 1 / np.maximum(aligned, lowest) if space == "disparity" else np.maximum(aligned, 1e-6)
 
 
 def align(pred, depth, mask, space="disparity", lowest=1e-3, max_res=None):
@@ -59,24 +80,7 @@ def align(pred, depth, mask, space="disparity", lowest=1e-3, max_res=None):
     max_res: where the longer side exceeds it, every so many columns enter the fit, all rows do
     (meant as a smaller picture, but this is what the public code does).
     """
-    pred, depth = np.asarray(pred, np.float64), np.asarray(depth, np.float64)
-    fit = (np.broadcast_to(np.asarray(mask, bool), depth.shape) & (depth > 0) & np.isfinite(depth)
-           & np.isfinite(pred))
-    if space == "disparity":
-        fit = fit & (pred > 0)
-    columns = slice(None)
-    if max_res and max(depth.shape) > max_res:
-        numbers = torch.arange(depth.shape[1], dtype=torch.float32)[None, None]
-        columns = F.interpolate(numbers, scale_factor=max_res / max(depth.shape), mode="nearest")
-        columns = columns[0, 0].numpy().astype(int)
-    fit, x, y = fit[:, columns], pred[:, columns], depth[:, columns]
-    if fit.sum() < 2:
-        return np.full(depth.shape, np.nan)
-    target = 1 / y[fit] if space == "disparity" else y[fit]
-    terms = np.stack([x[fit], np.ones(fit.sum())], 1)
-    (scale, shift), *_ = np.linalg.lstsq(terms, target, rcond=None)
-    aligned = scale * pred + shift
-    return 1 / np.maximum(aligned, lowest) if space == "disparity" else np.maximum(aligned, 1e-6)
+    return on_line(pred, *fit_line(pred, depth, mask, space, max_res), space, lowest)
 
 
 def abs_rel(pred, depth, mask):
@@ -249,7 +253,8 @@ def positive_depth(pred, space):
     """A relative map as depth > 0 without looking at the truth, for the boundary metrics, which
     forgive a scale but no shift (mode "raw"). The two constants are a choice and move the score:
     disparity x -> 1 / max(x, max(x) / 1000), depth d in [0, 1] -> d + 0.01; metric depth stays."""
-    low, high = float(np.min(pred)), float(np.max(pred))
+    finite = pred[np.isfinite(pred)]
+    low, high = float(finite.min()), float(finite.max())
     if low < 0 or space == "depth" and high > 1:
         raise BadFrame(f"values {low:g}..{high:g}: {space} maps must not be negative"
                        + (" and lie in [0, 1]" if space == "depth" else ""))
@@ -258,100 +263,106 @@ def positive_depth(pred, space):
     return pred + 0.01 if space == "depth" else pred
 
 
-def score(pred, depth, valid, space, layout):
-    """What train.py and nano/ watch: AbsRel, delta1 and boundary F1 of a relative map after least
-    squares and a clip to the layout's range."""
-    aligned = np.clip(align(pred, depth, valid, space), layout.near, layout.far)
+def score(pred, depth, valid, space, near, far):
+    """What train.py and nano/ watch: AbsRel, delta1 and boundary F1 of a relative map [H, W] after
+    least squares and a clip to near..far metres."""
+    aligned = np.clip(align(pred, depth, valid, space), near, far)
     return tuple(metric(aligned, depth, valid) for metric in (abs_rel, delta1, boundary_f1))
 
 
 # ---------------------------------------------------------------- what decides each number
 
 
-class Test(NamedTuple):
-    """How a set of data.SETS or data.TEST_SETS is scored."""
-    title: str
-    measure: str              # depth, small, pairs, f1 or recall: see MEASURES
+class Protocol(NamedTuple):
+    """How a set of data.SETS or benchmarks.sets.TEST_SETS is scored."""
+    title: str                # its column, as in benchmarks/published.csv
+    measure: str              # depth, small, pairs, f1 or recall: see row_of
     sizes: tuple = (0,)       # longer side in the network, pixels; 0: as stored
     clip: tuple = ()          # metres, of aligned maps; (): the layout's near and far
     max_res: int = 0          # see align
     stride: int = 1           # every so many images
+    note: str = ""            # for the tables
 
 
 # Sizes, ranges and alignment of Table 1 are Marigold's. For the boundary sets and DA-2K the paper
 # names no size: 768, Stable Diffusion 2's, and the picture's own, as two rows.
-TESTS = {
-    "nyu": Test("NYUv2", "depth"),
-    "kitti": Test("KITTI", "depth"),
-    "eth3d": Test("ETH3D", "depth", (756,), max_res=1024),
-    "scannet": Test("ScanNet", "depth"),
-    "diode": Test("DIODE-Full", "depth", (640,), (0.6, 350.0)),
-    "da2k": Test("DA-2K", "pairs", (768, 0)),
-    "sintel": Test("Sintel F1", "f1", (768, 0)),
-    "sintel-clean": Test("Sintel clean F1", "f1", (768, 0)),
-    "spring": Test("Spring F1", "f1", (768, 0), stride=5),
-    "ibims": Test("iBims F1", "f1", (768, 0)),
-    "am2k": Test("AM R", "recall", (768, 0)),
-    "p3m": Test("P3M R", "recall", (768, 0)),
-    "p3m-p": Test("P3M-P R", "recall", (768, 0)),
-    "dis5k": Test("DIS R", "recall", (768, 0)),
-    "nano": Test("small world", "small"),
-    "hypersim": Test("Hypersim", "depth"),
-    "vkitti": Test("Virtual KITTI 2", "depth"),
-}
-
-# The paper's Table 1 (AbsRel % / delta1 %, DA-2K %) and 2 (F1 or recall), as printed.
-PAPER_1 = (
-    ("DiverseDepth", "11.7 / 87.5", "19.0 / 70.4", "22.8 / 69.4", "10.9 / 88.2",
-     "37.6 / 63.1", "79.3"),
-    ("MiDaS", "11.1 / 88.5", "23.6 / 63.0", "18.4 / 75.2", "12.1 / 84.6", "33.2 / 71.5", "80.6"),
-    ("LeReS", "9.0 / 91.6", "14.9 / 78.4", "17.1 / 77.7", "9.1 / 91.7", "27.1 / 76.6", "81.1"),
-    ("Omnidata v2", "7.4 / 94.5", "14.9 / 83.5", "16.6 / 77.8", "7.5 / 93.6", "33.9 / 74.2",
-     "76.8"),
-    ("HDN", "6.9 / 94.8", "11.5 / 86.7", "12.1 / 83.3", "8.0 / 93.9", "24.6 / 78.0", "85.7"),
-    ("DPT", "9.8 / 90.3", "10.0 / 90.1", "7.8 / 94.6", "8.2 / 93.4", "18.2 / 75.8", "83.2"),
-    ("Marigold", "5.5 / 96.4", "9.9 / 91.6", "6.4 / 96.0", "6.4 / 95.1", "30.8 / 77.3", "86.8"),
-    ("e2e-ft", "5.2 / 96.6", "9.6 / 91.9", "6.4 / 95.9", "5.8 / 96.2", "30.2 / 77.9", "83.6"),
-    ("DepthFM", "6.5 / 95.6", "8.3 / 93.4", "7.8 / 95.9", "6.8 / 94.9", "24.5 / 74.1", "85.8"),
-    ("GenPercept", "5.6 / 96.0", "13.0 / 84.2", "7.0 / 95.6", "6.2 / 96.1", "30.7 / 77.6", "85.1"),
-    ("Lotus-D", "5.3 / 96.7", "8.1 / 92.8", "6.5 / 95.3", "5.8 / 96.3", "29.9 / 78.1", "86.8"),
-    ("Lotus-G", "5.4 / 96.6", "8.5 / 87.7", "6.2 / 96.1", "6.0 / 96.0", "29.4 / 78.5", "86.2"),
-    ("GeoWizard", "5.2 / 96.6", "9.7 / 92.1", "6.4 / 96.1", "6.1 / 95.3", "29.7 / 79.2", "88.1"),
-    ("Depth Anything v1-L", "4.3 / 98.1", "7.6 / 94.7", "12.7 / 88.2", "4.2 / 98.0",
-     "27.7 / 75.9", "88.5"),
-    ("Depth Anything v2-L", "4.5 / 97.9", "7.4 / 94.6", "13.1 / 86.5", "4.2 / 97.8",
-     "26.2 / 75.4", "97.1"),
-    ("FiffDepth (paper)", "4.4 / 97.8", "7.3 / 93.5", "7.1 / 97.2", "4.2 / 97.9",
-     "23.9 / 78.1", "97.1"),
-)
-PAPER_2 = (
-    ("Depth Anything v2", "0.228", "0.056", "0.111", "0.107", "0.131", "0.056"),
-    ("Depth Pro", "0.409", "0.079", "0.176", "0.173", "0.168", "0.077"),
-    ("FiffDepth (paper)", "0.423", "0.086", "0.189", "0.176", "0.179", "0.091"),
-)
-COLUMNS = {1: ("nyu", "kitti", "eth3d", "scannet", "diode", "da2k"),
-           2: ("sintel", "spring", "ibims", "am2k", "p3m", "dis5k")}
-
-# What a measure puts into a row, and how the line of a set prints it: key -> (title, format).
-PERCENT, PLAIN = "{:.2%}", "{:.3f}"
-DEPTH = {"abs_rel": ("AbsRel", PERCENT), "delta1": ("delta1", PERCENT)}
-OTHERS = {"rmse": ("RMSE m", PLAIN), "rmse_log": ("RMSE log", PLAIN), "log10": ("log10", PLAIN),
-          "silog": ("SILog", "{:.2f}"), "delta2": ("delta2", PERCENT),
-          "delta3": ("delta3", PERCENT)}
-MEASURES = {
-    "depth": DEPTH | OTHERS,
-    "small": DEPTH | {"f1_aligned": ("boundary F1 (aligned)", PLAIN),
-                      "pairs_right": ("pairs", PERCENT)} | OTHERS,
-    "f1": {"f1_raw": ("F1 (raw)", PLAIN), "f1_aligned": ("F1 (aligned)", PLAIN),
-           "f1_metric": ("F1 (metric)", PLAIN)},
-    "recall": {"recall_raw": ("recall (raw)", PLAIN), "recall_metric": ("recall (metric)", PLAIN)},
-    "pairs": {},
+PROTOCOLS = {
+    "nyu": Protocol("NYUv2", "depth"),
+    "kitti": Protocol("KITTI", "depth"),
+    "eth3d": Protocol("ETH3D", "depth", (756,), max_res=1024),
+    "scannet": Protocol("ScanNet", "depth"),
+    "diode": Protocol("DIODE-Full", "depth", (640,), (0.6, 350.0),
+                      note="valid where the mask file says so"),
+    "da2k": Protocol("DA-2K", "pairs", (768, 0), note="the whole has about 1,000 and 2,068 pairs"),
+    "sintel": Protocol("Sintel F1", "f1", (768, 0)),
+    "sintel-clean": Protocol("Sintel clean F1", "f1", (768, 0)),
+    "spring": Protocol("Spring F1", "f1", (768, 0), stride=5),
+    "ibims": Protocol("iBims F1", "f1", (768, 0)),
+    "am2k": Protocol("AM R", "recall", (768, 0)),
+    "p3m": Protocol("P3M R", "recall", (768, 0)),
+    "p3m-p": Protocol("P3M-P R", "recall", (768, 0)),
+    "dis5k": Protocol("DIS R", "recall", (768, 0), note="Depth Pro's 200 are chosen by "
+                      "--list dis5k=dis5k_sample_list.txt"),
+    "nano": Protocol("small world", "small"),
+    "hypersim": Protocol("Hypersim", "depth"),
+    "vkitti": Protocol("Virtual KITTI 2", "depth"),
 }
 ALIGNED = ("depth", "small", "f1")  # measures that align a map first
-MARK = "<!-- tables of evaluate.py -->\n"
-# To be raised when a change above or below changes a score: rows of earlier versions are then
-# ignored and scored again.
-PROTOCOL = 2
+
+
+class TestSet(NamedTuple):
+    """An opened set and the images of it to score."""
+    frames: object            # a FrameSet, or a PairSet
+    picked: list              # numbers of images
+    lost: list                # what was picked and lacks a file: ["set/file: reason"]
+    chosen: str               # how, in words
+
+    @property
+    def protocol(self):
+        return PROTOCOLS[self.frames.name]
+
+    @property
+    def clip(self):
+        """Metres to which aligned maps are clipped."""
+        return self.protocol.clip or (self.frames.layout.near, self.frames.layout.far)
+
+
+def open_set(name, path, listed, a):
+    if name == "da2k" and listed:
+        raise UserError("--list da2k=...: annotations.json is its list")
+    frames = (PairSet(path, a.frames) if name == "da2k" else
+              FrameSet(name, path, listed, cap=a.frames, rows=SETS + TEST_SETS))
+    stride = a.stride or PROTOCOLS[name].stride
+    wanted = set(frames.wanted[::stride])  # before files are missed: a gap must not shift the rest
+    chosen = ([f"list {listed}"] if listed else []) + (
+        [f"the first {a.frames}"] if a.frames else []) + ([f"stride {stride}"] * (stride > 1))
+    return TestSet(frames, [i for i, n in enumerate(frames.names) if n in wanted],
+                   [line for line in frames.missing
+                    if line.removeprefix(f"{name}/").partition(": ")[0] in wanted],
+                   ", ".join(chosen))
+
+
+def describe(s):
+    """Everything that decides the numbers of a set, but for what each line of it names itself."""
+    test, layout = s.protocol, s.frames.layout
+    words = [f"{test.title}, {s.frames.path}: {len(s.picked)} images"
+             + (f" (known: {layout.count})" if layout.count else "")]
+    words += [text for text in (s.chosen, test.note) if text]
+    if test.measure in ALIGNED:
+        if layout.near or np.isfinite(layout.far):
+            words.append(f"valid {layout.near:g} < depth < {layout.far:g} m"
+                         + (", sky counts as the farthest" if layout.sky else ""))
+        if layout.crop:
+            words.append("cut to the bottom-centre 352 x 1216")
+        if layout.window:
+            words.append("scored in rows {}:{}, columns {}:{}".format(*layout.window[:4]))
+        words.append("least squares per image" + (f" on columns thinned to {test.max_res}"
+                                                  if test.max_res else ""))
+        words.append("aligned maps clipped to {:g}..{:g} m".format(*s.clip))
+    if test.measure in ("f1", "recall"):
+        words.append("raw: disparity x as depth 1 / max(x, max(x)/1000), depth d as d + 0.01")
+    return "; ".join([*words, "mean over images" if test.measure != "pairs" else
+                      "all pairs pooled; those of a picture without a score are wrong"])
 
 
 # ---------------------------------------------------------------- predictors
@@ -362,15 +373,15 @@ class Predictor(NamedTuple):
     title: str
     source: str               # checkpoint or folder, as the user wrote it
     space: str                # of its maps: disparity, depth or metric
-    predict: Callable         # (a Set, number of the image, uint8 [H, W, 3], size) -> map [H, W]
+    predict: Callable         # (frames, number of the image, uint8 [H, W, 3], size) -> map [H, W]
     identity: str             # changes with the weights
     sized: bool = True        # does the longer side matter to it?
-    version: Callable = lambda test_set, i: ""    # changes with the file of one map
+    version: Callable = lambda frames, i: ""      # changes with the file of one map
 
 
 def identity(where, *nets):
     """A short digest of some numbers of every weight: another training gives another."""
-    digest = hashlib.sha1(where.encode())
+    digest = hashlib.sha1(os.fsencode(where))
     for net in nets:
         for name, value in net.state_dict().items():
             some = value.detach().reshape(-1)[::max(1, value.numel() // 64)].float().cpu().numpy()
@@ -380,13 +391,13 @@ def identity(where, *nets):
 
 def fiffdepth(a):
     """-> the checkpoint as a Predictor, its device and precision."""
-    a.checkpoint = a.checkpoint or str(HERE / "nano/weights/fiffdepth")
-    model, where = load_model(a)
+    checkpoint = a.checkpoint or str(HERE / "nano/weights/fiffdepth")
+    model, where = load_model(argparse.Namespace(**vars(a) | {"checkpoint": checkpoint}))
 
-    def predict(_, i, rgb, size):
+    def predict(frames, i, rgb, size):
         return predict_batch(model, rgb[None], size or max(rgb.shape[:2]), enlarge=True)[0]
 
-    source = f"{shown(a.checkpoint)}, {where}" + (f", VAE {a.vae}" if a.vae else "")
+    source = f"{short_path(checkpoint)}, {where}" + (f", VAE {a.vae}" if a.vae else "")
     return (Predictor("FiffDepth", source, model.info["target"], predict,
                       identity(where, model.unet, model.vae)),
             model.prompt.device, model.unet.dtype)
@@ -395,214 +406,75 @@ def fiffdepth(a):
 def teacher(path, device, dtype):
     net = Teacher.from_pretrained(path, dtype=dtype).to(device)
 
-    def predict(_, i, rgb, size):
-        return net(to_tensor(rgb, device))[0].float().cpu().numpy()
+    def predict(frames, i, rgb, size):
+        x = torch.tensor(rgb, device=device).permute(2, 0, 1)[None].float() / 127.5 - 1
+        return net(x)[0].float().cpu().numpy()
 
-    where = f"{shown(path)}, {device}, {str(dtype).removeprefix('torch.')}"
-    return Predictor("teacher", where, "disparity", predict,
-                     identity(f"{device}, {dtype}", net), sized=False)
+    where = f"{device}, {str(dtype).removeprefix('torch.')}"
+    return Predictor("teacher", f"{short_path(path)}, {where}", "disparity", predict,
+                     identity(where, net), sized=False)
 
 
 def ramp():
-    def predict(_, i, rgb, size):
+    def predict(frames, i, rgb, size):
         return np.linspace(0, 1, len(rgb))[:, None] * np.ones(rgb.shape[1])
 
-    return Predictor("vertical ramp", "", "disparity", predict, "ramp", sized=False)
+    return Predictor("vertical ramp", "", "disparity", predict, "", sized=False)
 
 
-def shown(path):
+def short_path(path):
     """A path as results name it: below the project without the folder the project lies in."""
     return str(path).removeprefix(f"{HERE}/")
 
 
 def other_program(folder, space):
-    """Maps that another program saved as .npy, in the sub-folders of the pictures: NAME.npy,
-    NAME_depth.npy (infer.py), pred_NAME.npy or, of rgb_ID, pred_ID.npy (Marigold), below
-    folder/SET/ or folder/."""
+    """Maps that another program saved: see benchmarks/sets.py."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"--predictions {folder}: there is no such folder")
 
-    def version(test_set, i):
-        file = map_files(folder, test_set)[i]
+    def version(frames, i):
+        file = find_maps(folder, frames)[i]
         return "" if file is None else stamp(file)
 
-    def predict(test_set, i, rgb, size):
-        file = map_files(folder, test_set)[i]
+    def predict(frames, i, rgb, size):
+        file = find_maps(folder, frames)[i]
         if file is None:
             raise BadFrame(f"no map of the picture's name below {folder}")
-        try:
-            values = np.load(io.BytesIO(file.read_bytes()))
-            values = values.squeeze().astype(np.float32)
-        except (ValueError, TypeError, AttributeError, OSError, EOFError) as error:
-            raise BadFrame(f"the map is no .npy file of numbers ({error})") from error
-        if values.shape != rgb.shape[:2] and test_set.layout.crop:  # saved before the crop
-            if values.shape == stored_size(test_set.frames, i):
-                values = values[test_set.layout.crop(*values.shape)]
-        if values.shape != rgb.shape[:2]:
-            raise BadFrame("map of {} and picture of {}x{} pixels".format(
-                "x".join(map(str, values.shape)), *rgb.shape[:2]))
-        return values
+        if space == "metric" and file.suffix == ".png":
+            raise BadFrame("a .png does not say its unit: save metres as .npy, .npz or .tif")
+        return map_of(frames, i, file, rgb.shape[:2])
 
-    return Predictor("maps", str(folder), space, predict, str(folder.resolve()), False, version)
-
-
-@functools.lru_cache(maxsize=4)
-def map_files(folder, test_set):
-    """-> the file of each image's map, or None. Never the set's own truth, never one for two."""
-    truth = {(test_set.path / name).resolve() for frame in getattr(test_set.frames, "frames", ())
-             for name in (frame.depth, *frame.more) if name}
-    files, owners = [], {}
-    for image in test_set.names:
-        path = Path(image)
-        names = [f"{path.stem}.npy", f"{path.stem}_depth.npy",
-                 f"{path.stem}_{path.suffix[1:]}_depth.npy", f"pred_{path.stem}.npy"]
-        if path.stem.startswith("rgb_"):
-            names.append(f"pred_{path.stem[4:]}.npy")
-        places = [root / path.parent / name for root in (folder / test_set.name, folder)
-                  for name in names]
-        file = next((p for p in places if p.exists() and p.resolve() not in truth), None)
-        if file in owners and file is not None:
-            raise UserError(f"--predictions {folder}: {file} would be the map of two pictures, "
-                            f"{owners[file]} and {image}; give maps the names of their pictures")
-        owners[file] = image
-        files.append(file)
-    return files
-
-
-def stored_size(frames, i):
-    """(H, W) of a picture in its file, before any crop."""
-    return Image.open(io.BytesIO(frames.store.read(frames.frames[i].rgb))).size[::-1]
-
-
-def stamp(file):
-    return f"{file.stat().st_size} {file.stat().st_mtime_ns}"
-
-
-# ---------------------------------------------------------------- sets
-
-
-class PairSet:
-    """DA-2K: pictures below a root and annotations.json, {picture: [{"point1": [row, column],
-    "point2": [row, column], "closer_point": "point1"}, ...]}.
-
-    .names: the pictures; .pairs: {picture: int [n, 4]}, the nearer point first
-    """
-
-    def __init__(self, path, cap=None):
-        self.store = open_root("da2k", Path(path))
-        files = set(self.store.names())
-        found = [n for n in sorted(files) if n.rpartition("/")[2] == "annotations.json"]
-        if not found:
-            raise UserError(f"--data da2k={path}: expected images/ and annotations.json, "
-                            f"found no annotations.json among {len(files)} files")
-        root = found[0].removesuffix("annotations.json")
-        try:
-            listed = json.loads(self.store.read(found[0])).items()
-            self.pairs = {root + image: np.array([nearer_first(p) for p in pairs], int)
-                          for image, pairs in list(listed)[:cap]}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"--data da2k={path}: annotations.json is not as DA-2K's "
-                            f"({type(error).__name__}: {error})") from error
-        if not self.pairs:
-            raise UserError(f"--data da2k={path}: annotations.json names no picture")
-        self.names, self.missing, self.count = list(self.pairs), [], len(listed)
-        self.wanted = self.names
-
-    def read(self, i):
-        rgb, pairs = open_image(self.store.read(self.names[i])), self.pairs[self.names[i]]
-        if (pairs < 0).any() or (pairs.reshape(-1, 2) >= rgb.shape[:2]).any():
-            raise BadFrame("a point lies outside the picture")
-        return rgb, pairs, None
-
-
-def nearer_first(pair):
-    near = pair["closer_point"]
-    return [*pair[near], *pair[{"point1": "point2", "point2": "point1"}[near]]]
-
-
-class Set(NamedTuple):
-    """An opened set and the images of it to score."""
-    name: str
-    path: Path
-    frames: object            # a FrameSet, or a PairSet
-    names: list               # of its images
-    layout: object            # data.Layout
-    picked: list              # numbers of images
-    lost: list                # what was picked and lacks a file: ["set/file: reason"]
-    chosen: str               # how, in words
-
-    __hash__ = object.__hash__
-
-    @property
-    def test(self):
-        return TESTS[self.name]
-
-
-def open_set(name, path, listed, a):
-    if name == "da2k":
-        if listed:
-            raise UserError("--list da2k=...: annotations.json is its list")
-        frames, layout = PairSet(path, a.frames), next(r for r in TEST_SETS if r.name == name)
-    else:
-        frames = FrameSet(name, path, listed, cap=a.frames)
-        layout = frames.layout
-    stride = a.stride or TESTS[name].stride
-    wanted = set(frames.wanted[::stride])  # before files are missed: a gap must not shift the rest
-    chosen = ([f"list {listed}"] if listed else []) + (
-        [f"the first {a.frames}"] if a.frames else []) + ([f"stride {stride}"] * (stride > 1))
-    names = frames.names
-    return Set(name, Path(path), frames, names, layout,
-               [i for i, n in enumerate(names) if n in wanted],
-               [line for line in frames.missing
-                if line.removeprefix(f"{name}/").partition(": ")[0] in wanted], ", ".join(chosen))
-
-
-def protocol(s):
-    """Everything that decides the numbers of a set, but for what each line of it names itself."""
-    test, layout = s.test, s.layout
-    words = [f"{test.title}, {s.path}: {len(s.picked)} images"]
-    if layout.count or s.name == "da2k":
-        words[0] += f" (known: {layout.count or 'about 1,000 with 2,068 pairs'})"
-    if s.chosen:
-        words.append(s.chosen)
-    if s.name == "dis5k" and len(s.picked) != layout.count:
-        words.append("Depth Pro's 200 are chosen by --list dis5k=dis5k_sample_list.txt")
-    if test.measure in ALIGNED:
-        low, high = test.clip or (layout.near, layout.far)
-        words.append("valid where the mask file says so" if s.name == "diode" else
-                     f"valid {layout.near:g} < depth < {layout.far:g} m"
-                     + (", sky counts as the farthest" if layout.sky else ""))
-        if layout.crop:
-            words.append("cut to the bottom-centre 352 x 1216")
-        if layout.window:
-            words.append("scored in rows {}:{}, columns {}:{}".format(*layout.window[:4]))
-        words.append("least squares per image" + (f" on columns thinned to {test.max_res}"
-                                                  if test.max_res else ""))
-        words.append(f"aligned maps clipped to {low:g}..{high:g} m")
-    if test.measure in ("f1", "recall"):
-        words.append("raw: disparity x as depth 1 / max(x, max(x)/1000), depth d as d + 0.01")
-    return "; ".join([*words, "mean over images" if test.measure != "pairs" else
-                      "all pairs pooled; those of a picture without a score are wrong"])
+    return Predictor("maps", str(folder), space, predict, identity(str(folder.resolve())), False,
+                     version)
 
 
 # ---------------------------------------------------------------- one image -> one row
 
 
 def checked(pred):
-    """A map -> the same as float64; NaN and constant ones are no predictions."""
-    if not np.isfinite(pred).all():
-        raise BadFrame("the prediction is not finite everywhere")
-    if pred.min() == pred.max():
+    """A map -> the same as float64; without a number and constant ones are no predictions."""
+    finite = pred[np.isfinite(pred)]
+    if not finite.size:
+        raise BadFrame("the prediction is finite nowhere")
+    if finite.min() == finite.max():
         raise BadFrame("the prediction is constant")
     return pred.astype(np.float64)
 
 
 def row_of(s, i, pred, truth, valid, kind, space):
-    """{measure: value} of one image. kind: what the map holds; space: where it is aligned."""
-    if s.test.measure == "pairs":
+    """{measure: value} of one image. kind: what the map holds; space: where it is aligned.
+
+    Only what is judged must be finite: the points of pairs, the valid pixels of depth, a matte's
+    whole picture.
+    """
+    measure = s.protocol.measure
+    judged = tuple(truth.reshape(-1, 2).T) if measure == "pairs" else valid
+    if not np.isfinite(pred[judged]).all():
+        raise BadFrame("the prediction is not finite where it is judged")
+    if measure == "pairs":
         return {"right": round(pair_accuracy(pred, truth, kind) * len(truth)) if len(truth) else 0}
-    if s.test.measure == "recall":
+    if measure == "recall":
         inside = truth > 0.1
         if inside.all() or not inside.any():
             raise BadFrame("the matte has no boundary")
@@ -612,20 +484,24 @@ def row_of(s, i, pred, truth, valid, kind, space):
         raise BadFrame("no valid pixel")
     if np.array_equal(pred[valid], truth[valid]):
         raise BadFrame("the map is the truth itself")
-    low, high = s.test.clip or (s.layout.near, s.layout.far)
-    aligned = align(pred, truth, valid, space, max_res=s.test.max_res)
-    if not np.isfinite(aligned).all():
+    if space == "disparity" and pred[valid].min() < 0:
+        raise BadFrame(f"values from {pred[valid].min():g}: disparity must not be negative, for "
+                       "only what exceeds 0 is fitted; move the maps to 0 and above")
+    scale, shift = fit_line(pred, truth, valid, space, s.protocol.max_res)
+    if not np.isfinite([scale, shift]).all():
         raise BadFrame("the prediction cannot be aligned: fewer than two valid pixels to fit, "
                        "which a disparity must exceed 0 for")
-    aligned = np.clip(aligned, max(low, 1e-6), high)
-    if s.test.measure == "f1":
+    low, high = s.clip
+    aligned = np.clip(on_line(pred, scale, shift, space), max(low, 1e-6), high)
+    row = {"upside_down": bool(scale < 0)}
+    if measure == "f1":
         mode = "f1_metric" if kind == "metric" else "f1_raw"
-        return {"f1_aligned": boundary_f1(aligned, truth, valid),
-                mode: boundary_f1(positive_depth(pred, kind), truth, valid)}
+        return row | {"f1_aligned": boundary_f1(aligned, truth, valid),
+                      mode: boundary_f1(positive_depth(pred, kind), truth, valid)}
     flat = *masked(aligned, truth, valid), True
-    row = {"abs_rel": abs_rel(*flat), "delta1": delta1(*flat)} | other_metrics(*flat)
-    if s.test.measure == "small":
-        pairs = random_pairs(truth, valid, zlib.crc32(s.names[i].encode()))
+    row |= {"abs_rel": abs_rel(*flat), "delta1": delta1(*flat)} | other_metrics(*flat)
+    if measure == "small":
+        pairs = random_pairs(truth, valid, zlib.crc32(os.fsencode(s.frames.names[i])))
         row["f1_aligned"] = boundary_f1(aligned, truth, valid)
         row |= {"pairs_right": pair_accuracy(pred, pairs, kind)} if len(pairs) else {}
     return row
@@ -634,7 +510,7 @@ def row_of(s, i, pred, truth, valid, kind, space):
 # ---------------------------------------------------------------- the loop
 
 
-def ahead(function, items, workers=2, waiting=4):
+def prefetch(function, items, workers=2, waiting=4):
     """map(function, items), in order, computed by threads a few items ahead and no more."""
     with ThreadPoolExecutor(workers) as pool:
         queue = collections.deque()
@@ -646,7 +522,7 @@ def ahead(function, items, workers=2, waiting=4):
             yield queue.popleft().result()
 
 
-def attempt(function, *arguments):
+def try_image(function, *arguments):
     """-> the result and None, or None and the reason: one image must not stop the others."""
     try:
         return function(*arguments), None
@@ -662,638 +538,81 @@ def rows_of(s, indices, predictor, size, space):
     """Yields (index, row or None, reason or None). Reading, network and scoring overlap: reading
     and scoring in threads, the network here."""
     def read(i):
-        return i, *attempt(s.frames.read, i)
+        return i, *try_image(s.frames.read, i)
 
     def predicted():
-        for i, item, reason in ahead(read, indices):
+        for i, item, reason in prefetch(read, indices):
             pred = None
             if reason is None:
-                pred, reason = attempt(lambda: checked(predictor.predict(s, i, item[0], size)))
+                pred, reason = try_image(lambda: checked(predictor.predict(s.frames, i, item[0],
+                                                                           size)))
             yield i, pred, item and item[1:], reason  # without the picture: it may be large
 
     def scored(one):
         i, pred, truth, reason = one
         if reason is not None:
             return i, None, reason
-        return i, *attempt(row_of, s, i, pred, *truth, predictor.space, space)
+        return i, *try_image(row_of, s, i, pred, *truth, predictor.space, space)
 
-    yield from ahead(scored, predicted())
+    yield from prefetch(scored, predicted())
 
 
-def score_set(s, predictor, size, space, log):
-    """Scores what the log does not hold yet, adding each image to it -> the name of its table line,
-    and {reason: [images]}."""
-    line = run_line(s, predictor, size, space)
-    keys = {i: (line["run"], *key) for i, key in zip(s.picked, line["keys"])}
-    todo = [i for i, key in keys.items() if key not in log.rows]
-    if todo:
-        add_line(log, line)
+def score_set(s, predictor, size, space, folder):
+    """Scores what --out does not hold yet, adding each image to it -> what the tables say of it,
+    and {reason: [images]} of those without a score."""
+    frames, names = s.frames, s.frames.names
+    settings = {
+        "set": frames.name, "title": s.protocol.title, "path": str(frames.path.resolve()),
+        "predictor": predictor.title, "weights": predictor.identity, "map": predictor.space,
+        "aligned_in": space if s.protocol.measure in ALIGNED else None,
+        "size": size if predictor.sized else None, "test": repr(s.protocol._replace(note="")),
+        "layout": repr([getattr(frames.layout, key) for key in ("near", "far", "window", "sky")]),
+        "program": PROGRAM}
+    file, lines = report.open_results(folder, settings)
+    known = {line["image"]: line for line in lines if "image" in line}
+    versions = {i: f"{version_of(frames, i)} {predictor.version(frames, i)}" for i in s.picked}
+    rows = {i: known[names[i]] for i, version in versions.items()
+            if known.get(names[i], {}).get("version") == version}
     failures = collections.defaultdict(list)
     if s.lost:
         failures["a file of theirs is missing"] = list(s.lost)
-    title = f"{s.name}, {predictor.title}" + (f", {side(size)}" if predictor.sized else "")
-    bar = tqdm(rows_of(s, todo, predictor, size, space), desc=title, total=len(todo), unit="image",
-               disable=not todo, leave=False, mininterval=0.1 if sys.stderr.isatty() else 30)
-    for i, row, reason in bar:
+    title = f"{frames.name}, {predictor.title}" + (
+        f", {report.size_label(size)}" if predictor.sized else "")
+    todo = [i for i in s.picked if i not in rows]
+    for i, row, reason in tqdm(rows_of(s, todo, predictor, size, space), title, len(todo),
+                               unit="image", disable=not todo, leave=False,
+                               mininterval=0.1 if sys.stderr.isatty() else 30):
         if reason is not None:
-            failures[reason].append(s.names[i])
+            failures[reason].append(names[i])
         else:
-            add_line(log, dict(zip(("run", "image", "version"), keys[i])) | row)
-    line = line | {"failed": sum(map(len, failures.values()))}
-    if next(reversed(log.runs.values()), None) != line:  # the last use comes last in the tables
-        add_line(log, line)
-    return line["table"], failures
-
-
-def run_line(s, predictor, size, space):
-    """What decides the scores of a run (`run` is their digest) and what its tables say of it."""
-    settings = {
-        "set": s.name, "path": str(s.path.resolve()), "predictor": predictor.title,
-        "of": predictor.identity, "map": predictor.space,
-        "aligned_in": space if s.test.measure in ALIGNED else None,
-        "size": size if predictor.sized else None, "test": repr(s.test),
-        "layout": repr([s.layout.near, s.layout.far, s.layout.window, s.layout.sky]),
-        "program": PROTOCOL}
-    run = hashlib.sha1(json.dumps(settings).encode()).hexdigest()[:12]
-    pairs = collections.Counter()  # of DA-2K, in all and in each scene
-    for i in s.picked if s.test.measure == "pairs" else ():
-        n = len(s.frames.pairs[s.names[i]])
-        pairs.update({"all": n, scene_of(s.names[i]): n})
-    return {"run": run, "settings": settings, "source": predictor.source, "pairs": dict(pairs),
-            "images": len(s.picked) + len(s.lost), "failed": None, "protocol": protocol(s),
-            "count": s.layout.count or getattr(s.frames, "count", None),
-            "keys": [[s.names[i], f"{files_stamp(s, i)} {predictor.version(s, i)}"]
-                     for i in s.picked],
-            "table": hashlib.sha1(json.dumps([run, s.chosen]).encode()).hexdigest()[:12]}
-
-
-def scene_of(image):
-    """DA-2K's images/SCENE/x.jpg -> SCENE"""
-    return image.rpartition("images/")[2].rpartition("/")[0] or "images"
-
-
-def files_stamp(s, i):
-    """Names, sizes and times of what an image's score depends on: changed files, or another list,
-    and it is scored again."""
-    if s.name == "da2k":
-        names, extra = [s.names[i]], s.frames.pairs[s.names[i]].tolist()
-    else:
-        frame = s.frames.frames[i]
-        names, extra = [frame.rgb, frame.depth, *frame.more], []
-    paths = [s.path / n for n in names if n and n[0] != "="] if s.path.is_dir() else [s.path]
-    text = repr([names, extra, [stamp(f) for f in paths if f.exists()]])
-    return hashlib.sha1(text.encode()).hexdigest()[:12]
-
-
-# ---------------------------------------------------------------- the results file
-
-
-class Log(NamedTuple):
-    file: Path
-    rows: dict                # (run, image, version) -> row
-    runs: dict                # table -> the line of a run, with settings; the last used is last
-    speeds: dict              # key -> result of --speed
-
-
-def read_log(file):
-    """--out -> Log. A last line that a kill cut short is dropped; another file is left alone."""
-    if file.suffix != ".jsonl":
-        raise UserError(f"--out {file}: the results file must end in .jsonl")
-    log = Log(file, {}, {}, {})
-    file.parent.mkdir(parents=True, exist_ok=True)
-    tables = file.with_suffix(".md")
-    if tables.exists() and not tables.read_text(errors="replace").startswith(MARK):
-        raise UserError(f"--out {file}: the tables would replace {tables}, which is not of this "
-                        "program; choose another name")
-    text = file.read_text(errors="replace") if file.exists() else ""
-    lines = text.splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            remember(log, json.loads(line))
-        except (ValueError, KeyError, TypeError):
-            cut = (number == len(lines) and not text.endswith("\n")
-                   and line.startswith('{"'[:len(line)]))
-            if not cut:
-                raise UserError(f"--out {file}, line {number}: not a line of evaluate.py; choose "
-                                "another file, or remove the line") from None
-            lines.pop()
-    if text != "".join(line + "\n" for line in lines):
-        replace_text(file, "".join(line + "\n" for line in lines))
-    return log
-
-
-def replace_text(file, text):
-    """Written beside and renamed into place: whole or not at all."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, file)
-
-
-def remember(log, line):
-    if "settings" in line:
-        if line["settings"]["program"] == PROTOCOL:  # else of an earlier version: scored again
-            log.runs.pop(line["table"], None)
-            log.runs[line["table"]] = line
-    elif "image" in line:
-        log.rows[line["run"], line["image"], line["version"]] = line
-    else:
-        log.speeds[line["key"]] = line
-
-
-def add_line(log, line):
-    remember(log, line)
-    with open(log.file, "a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-# ---------------------------------------------------------------- lines and tables
-
-
-def scores_of(log, line):
-    """The line of a run -> {key: score} and the number of images with one: the plain mean over
-    images, as these protocols say; DA-2K over pairs, for all and for each scene."""
-    run, pairs = line["run"], line["pairs"]
-    rows = {image: log.rows[run, image, version] for image, version in line["keys"]
-            if (run, image, version) in log.rows}
-    if pairs:
-        right = collections.Counter()
-        for image, row in rows.items():
-            right.update({"all": row["right"], scene_of(image): row["right"]})
-        return {scene: right[scene] / max(n, 1) for scene, n in pairs.items()}, len(rows)
-    keys = dict.fromkeys(key for row in rows.values() for key in row)
-    values = {key: [row[key] for row in rows.values() if key in row] for key in keys
-              if key not in ("run", "image", "version")}
-    return {key: float(np.mean(v)) for key, v in values.items()}, len(rows)
-
-
-def set_table(log, tables, others):
-    """The runs of one set -> Markdown lines, what decides the numbers first."""
-    lines = [log.runs[table] for table in tables]
-    found = [scores_of(log, line) for line in lines]
-    titles = MEASURES[TESTS[lines[0]["settings"]["set"]].measure]
-    titles = titles or {scene: (scene, PERCENT) for scores, _ in found for scene in scores}
-    keys = [k for k in titles if any(k in scores for scores, _ in found)
-            and (others or k not in OTHERS)]
-    head = ["predictor", "map", "aligned in", "longer side", "images", "without a score"]
-    text = [lines[0]["protocol"], "", "| " + " | ".join(
-        head + [titles[k][0] for k in keys]) + " |", "|" + "---|" * (len(head) + len(keys))]
-    for line, (scores, n) in zip(lines, found):
-        of, failed = line["settings"], line["failed"]
-        without = f"{line['images'] - n} not run" if failed is None else failed
-        cells = [" ".join([of["predictor"], line["source"]]).strip(), of["map"],
-                 of["aligned_in"] or "-", side(of["size"]), n, without]
-        cells += [titles[k][1].format(scores[k]) if k in scores else "" for k in keys]
-        text.append("| " + " | ".join(map(str, cells)) + " |")
-    return text + [""]
-
-
-def side(size):
-    return "its own" if size is None else "native" if size == 0 else str(size)
-
-
-def paper_table(number, log):
-    """The paper's table, our runs below its rows, blanks where nothing was run -> lines. A number
-    that not all images of the set went into says so."""
-    columns, published = COLUMNS[number], (PAPER_1, PAPER_2)[number - 1]
-    rows = {title: dict(zip(columns, cells)) for title, *cells in published}
-    owner = {}  # row -> weights: two checkpoints of one name do not share a row
-    for line in log.runs.values():
-        of, (scores, n) = line["settings"], scores_of(log, line)
-        if of["set"] not in columns or not n:
-            continue
-        all_of = line["count"] or line["images"]
-        part = "" if n >= all_of else f" ({n} of {all_of})"
-        for key, cell in paper_cells(scores).items():
-            label = paper_label(number, of, line["source"], key.partition("_")[2])
-            if owner.setdefault(label, of["of"]) != of["of"] or of["set"] in rows.get(label, {}):
-                label += f" ({of['of'][:6]}, {Path(of['path']).name} {line['table'][:4]})"
-            rows.setdefault(label, {})[of["set"]] = cell + part
-    head = ["", *(TESTS[name].title for name in columns)]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return lines + ["| " + " | ".join([label, *(cells.get(n, "") for n in columns)]) + " |"
-                    for label, cells in rows.items()]
-
-
-def paper_cells(scores):
-    """-> {measure: cell}; one nameless cell for Table 1, one for each mode of Table 2."""
-    if "abs_rel" in scores:
-        return {"": f"{100 * scores['abs_rel']:.1f} / {100 * scores['delta1']:.1f}"}
-    if "all" in scores:
-        return {"": f"{100 * scores['all']:.1f}"}
-    return {key: f"{value:.3f}" for key, value in scores.items()}
-
-
-def paper_label(number, of, source, mode):
-    words = [f"{of['predictor']} {source}".strip()]
-    if of["aligned_in"] and mode in ("", "aligned"):
-        words.append(f"aligned in {of['aligned_in']}")
-    else:
-        words.append(f"{mode} {of['map']}".strip())
-    if number == 2 or of["set"] == "da2k":
-        words.append(f"longer side {side(of['size'])}")
-    return ", ".join(words)
-
-
-def report(log, others):
-    """All runs of the log: the paper's tables that have a number of ours, on the screen, and with
-    a table of each set in the .md beside --out."""
-    sets = collections.defaultdict(list)
-    for table, line in log.runs.items():
-        sets[line["settings"]["set"], line["protocol"]].append(table)
-    tables = []
-    for number, unit in ((1, "AbsRel % / delta1 %, DA-2K accuracy %"), (2, "boundary F1, recall")):
-        if any(name in COLUMNS[number] for name, _ in sets):
-            tables += [f"Table {number}: {unit}", "", *paper_table(number, log), ""]
-    lines = tables + [line for runs in sets.values() for line in set_table(log, runs, others)]
-    replace_text(log.file.with_suffix(".md"), MARK + "\n" + "\n".join(lines))
-    print("\n".join(tables), end="")
-
-
-# ---------------------------------------------------------------- Table 3: running time
-# Every method runs from its public class with its own resizing, batch 1. Weights that are not on
-# this machine are random, at the public size: the speed is the same. Nothing is downloaded.
-#
-# The public sizes; what is not given is the class's own default. From the config files of Stable
-# Diffusion 2, Marigold v1.1 (its steps and resolution), Depth Anything V2-L and Depth Pro, some of
-# them read in copies.
-
-SD2_UNET = {"attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024,
-            "use_linear_projection": True, "sample_size": 96}
-SD_VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 768,
-          "down_block_types": ("DownEncoderBlock2D",) * 4,
-          "up_block_types": ("UpDecoderBlock2D",) * 4}
-STABLE_DIFFUSION = {"unet": SD2_UNET, "vae": SD_VAE}
-MARIGOLD = {"unet": SD2_UNET | {"in_channels": 8}, "vae": SD_VAE,  # picture and depth latents
-            "default_denoising_steps": 4, "default_processing_resolution": 768, "steps": None}
-VIT_L = {"model_type": "dinov2", "hidden_size": 1024, "num_attention_heads": 16,
-         "num_hidden_layers": 24}
-DEPTH_ANYTHING = {
-    "network": {"backbone_config": VIT_L | {"image_size": 518, "out_indices": [5, 12, 18, 24],
-                                            "reshape_hidden_states": False},
-                "reassemble_hidden_size": 1024, "neck_hidden_sizes": [256, 512, 1024, 1024],
-                "fusion_hidden_size": 256},
-    "processor": {"size": {"height": 518, "width": 518}, "keep_aspect_ratio": True,
-                  "ensure_multiple_of": 14, "image_mean": [0.485, 0.456, 0.406],
-                  "image_std": [0.229, 0.224, 0.225]}}
-# Three ViT-L. DepthProConfig's own default is smaller than the public network: ViT-B of patch 14,
-# and no field of view.
-DEPTH_PRO = {"use_fov_model": True} | {
-    f"{part}_model_config": VIT_L | {"image_size": 384, "patch_size": 16, "use_mask_token": False}
-    for part in ("image", "patch", "fov")}
-
-NOT_HERE = ("Published and not run here: Marigold (LCM) 1.7, GeoWizard 19, DepthFM 0.39. "
-            "Marigold's 103 s are those of its settings when the paper was written, not of v1.1.")
-
-
-class Contestant(NamedTuple):
-    name: str                 # of --speed_weights
-    title: str
-    published: float | None   # seconds, Table 3, Titan RTX
-    build: Callable           # (source or None, settings, dtype, device) -> Entry
-    settings: dict            # configs of the networks
-    hub: tuple | None = None  # hub id, and a file that is in the cache when the weights are
-
-
-class Entry(NamedTuple):
-    run: Callable    # uint8 [H, W, 3] -> map [H, W]
-    nets: list       # all networks with weights
-    count: Callable  # size of the picture -> {part: [calls, FLOPs a call]}; nets on "meta" by then
-    weights: str     # what the table says of them
-
-
-# ---------------------------------------------------------------- networks without their weights
-
-
-def cached(hub_id, file):
-    """Is this file of the hub in the local cache? Asks no network."""
-    from huggingface_hub import try_to_load_from_cache
-
-    return isinstance(try_to_load_from_cache(hub_id, file), str)
-
-
-def random_net(make, dtype, device):
-    """A network of make()'s shape with random weights, in seconds for a thousand million of them.
-
-    The classes' own initialisation takes minutes, so it happens on "meta", where it costs nothing.
-    The weights keep the variance of what passes: constants would make a GPU faster than it is,
-    values that grow overflow half precision, values that vanish are slow on a CPU.
-    """
-    with torch.device("meta"):
-        net = torch.nn.Module.to(make(), dtype)  # diffusers' own .to warns, of nothing
-    if any(True for _ in net.buffers()):  # computed in __init__, and lost on "meta"
-        raise ValueError(f"{type(net).__name__} has buffers, which random_net cannot fill")
-    net = net.to_empty(device=device).eval().requires_grad_(False)
-    for name, p in net.named_parameters():
-        if p.ndim > 1:
-            p.normal_(std=p[0].numel() ** -0.5)
-        else:
-            p.fill_(0.0 if name.endswith("bias") else 1.0)
-    return net
-
-
-# ---------------------------------------------------------------- the contestants
-
-
-def build_fiffdepth(source, settings, dtype, device):
-    """Ours. With settings["tiny"], an AutoencoderTiny takes the place of the full autoencoder."""
-    weights = real_or_random(source)
-    if source:
-        model = FiffDepth.from_pretrained(source, dtype=dtype)
-    else:
-        unet, vae = random_unet_and_vae(settings, dtype, device)
-        model = FiffDepth(unet, vae, DDPMScheduler(**SD_SCHEDULE), prompt_for(unet), AUTHORS_INFO)
-    if "tiny" in settings:
-        vae, vae_weights = tiny_vae(settings, dtype, device)
-        weights += "" if vae_weights == weights else f", VAE {vae_weights}"
-        model = FiffDepth(model.unet, vae, model.scheduler, model.prompt, model.info)
-    model.eval().to(device)
-    return Entry(lambda picture: predict_image(model, picture, size=max(picture.shape[:2])),
-                 [model], lambda size: latent_flops(model.vae, model.unet, size, 1), weights)
-
-
-def tiny_vae(settings, dtype, device):
-    """-> an AutoencoderTiny and which weights it has."""
-    if cached(*settings["tiny_hub"]):
-        return AutoencoderTiny.from_pretrained(settings["tiny_hub"][0], torch_dtype=dtype,
-                                               local_files_only=True), "real"
-    net = random_net(lambda: AutoencoderTiny.from_config(settings["tiny"]), dtype, device)
-    return net, "random"
-
-
-def random_unet_and_vae(settings, dtype, device):
-    return (random_net(lambda: UNet2DConditionModel.from_config(settings["unet"]), dtype, device),
-            random_net(lambda: AutoencoderKL.from_config(settings["vae"]), dtype, device))
-
-
-def prompt_for(unet):
-    """The empty prompt's shape [1, 2, width]: two tokens, begin and end."""
-    return torch.randn(1, 2, unet.config.cross_attention_dim, dtype=unet.dtype)
-
-
-def build_marigold(source, settings, dtype, device):
-    """diffusers' pipeline at its own defaults; settings["steps"] may replace that of steps."""
-    from diffusers import DDIMScheduler, MarigoldDepthPipeline
-
-    if source:
-        pipe = MarigoldDepthPipeline.from_pretrained(source, torch_dtype=dtype,
-                                                     local_files_only=True)
-    else:
-        unet, vae = random_unet_and_vae(settings, dtype, device)
-        pipe = MarigoldDepthPipeline(
-            unet, vae, DDIMScheduler(prediction_type="v_prediction", **SD_SCHEDULE), None, None,
-            prediction_type="depth",
-            **{k: v for k, v in settings.items() if k.startswith("default_")})
-        # without a text encoder; a real one runs once, before the clock
-        pipe.empty_text_embedding = prompt_for(unet)
-    pipe.to(device).set_progress_bar_config(disable=True)
-    resize = pipe.image_processor.resize_to_max_edge  # no bfloat16 on a CPU: it is done in float32
-    pipe.image_processor.resize_to_max_edge = lambda image, *how: resize(
-        image.float(), *how).to(image.dtype)
-    steps = settings["steps"] or pipe.default_denoising_steps
-    generator = torch.Generator(device).manual_seed(0)
-
-    def run(picture):
-        result = pipe(Image.fromarray(picture), num_inference_steps=steps, generator=generator)
-        return result.prediction[0, ..., 0]
-
-    return Entry(run, [pipe.unet, pipe.vae], lambda _: latent_flops(
-        pipe.vae, pipe.unet, pipe.default_processing_resolution, steps), real_or_random(source))
-
-
-def build_depth_anything(source, settings, dtype, device):
-    """The network of our teacher, with the teacher's resizing."""
-    from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation
-
-    if source:
-        teacher = Teacher.from_pretrained(source, dtype=dtype).to(device)
-    else:
-        config = DepthAnythingConfig(**settings["network"])
-        teacher = Teacher(random_net(lambda: DepthAnythingForDepthEstimation(config), dtype,
-                                     device), settings["processor"])
-    return Entry(lambda picture: teacher(to_tensor(picture, device))[0].cpu().numpy(),
-                 [teacher.net],
-                 lambda size: network_flops(teacher.net, teacher.resized(size, size)),
-                 real_or_random(source))
-
-
-def build_depth_pro(source, settings, dtype, device):
-    """With its field of view. transformers' processor, which wants torchvision, in five lines."""
-    from transformers import DepthProConfig, DepthProForDepthEstimation
-
-    if source:
-        net = DepthProForDepthEstimation.from_pretrained(source, dtype=dtype,
-                                                         local_files_only=True).eval().to(device)
-    else:
-        config = DepthProConfig(**settings)
-        net = random_net(lambda: DepthProForDepthEstimation(config), dtype, device)
-    side = round(net.config.patch_size / net.config.scaled_images_ratios[0])  # 1536
-
-    def run(picture):
-        x = F.interpolate(to_tensor(picture, device), (side, side), mode="bilinear")
-        out = net(x.to(dtype))
-        width_by_focal_length = 2 * torch.tan(torch.deg2rad(out.field_of_view.float()) / 2)
-        inverse = out.predicted_depth.float() * width_by_focal_length  # 1/m
-        inverse = F.interpolate(inverse[:, None], picture.shape[:2], mode="bilinear")
-        return (1 / inverse[0, 0].clamp(1e-4, 1e4)).cpu().numpy()
-
-    return Entry(run, [net], lambda _: network_flops(net, (side, side)), real_or_random(source))
-
-
-def to_tensor(picture, device):
-    """uint8 [H, W, 3] -> [1, 3, H, W] in [-1, 1]"""
-    return torch.tensor(picture, device=device).permute(2, 0, 1)[None].float() / 127.5 - 1
-
-
-def real_or_random(source):
-    return "real" if source else "random"
-
-
-CONTESTANTS = (
-    Contestant("fiffdepth", "FiffDepth", 0.092, build_fiffdepth, STABLE_DIFFUSION),
-    Contestant("fiffdepth", "FiffDepth, tiny VAE", None, build_fiffdepth, STABLE_DIFFUSION | {
-        "tiny": {}, "tiny_hub": ("madebyollin/taesd", "diffusion_pytorch_model.safetensors")}),
-    Contestant("marigold", "Marigold v1.1, default settings", 103, build_marigold, MARIGOLD,
-               ("prs-eth/marigold-depth-v1-1", "unet/diffusion_pytorch_model.safetensors")),
-    Contestant("marigold", "Marigold v1.1, 1 step", None, build_marigold, MARIGOLD | {"steps": 1},
-               ("prs-eth/marigold-depth-v1-1", "unet/diffusion_pytorch_model.safetensors")),
-    Contestant("depth_anything", "Depth Anything V2-L", 0.026, build_depth_anything,
-               DEPTH_ANYTHING,
-               ("depth-anything/Depth-Anything-V2-Large-hf", "model.safetensors")),
-    Contestant("depth_pro", "Depth Pro", 0.23, build_depth_pro, DEPTH_PRO,
-               ("apple/DepthPro-hf", "model.safetensors")),
-)
-
-
-# ---------------------------------------------------------------- FLOPs
-# torch's counter: a multiply-add is 2; products and convolutions only. On "meta", where nothing is
-# computed, attention falls apart into the products that the counter knows; a fused kernel on a CPU
-# would count as 0.
-
-
-def latent_flops(vae, unet, size, calls):
-    """-> {part: [calls, FLOPs a call]} of a picture [1, 3, size, size] through encoder, UNet,
-    decoder."""
-    blocks = vae.config.get("block_out_channels") or vae.config.encoder_block_out_channels
-    cells = -(-size // 2 ** (len(blocks) - 1))
-    empty = {"device": "meta", "dtype": unet.dtype}
-    picture = torch.empty(1, 3, size, size, **empty)
-    latent, unet_latent = (torch.empty(1, channels, cells, cells, **empty) for channels in
-                           (vae.config.latent_channels, unet.config.in_channels))
-    prompt = prompt_for(unet).to("meta")
-    return {"encoder": [1, flops(vae.encode, picture)],
-            "UNet": [calls, flops(unet, unet_latent, 0, prompt)],
-            "decoder": [1, flops(vae.decode, latent)]}
-
-
-def network_flops(net, size):
-    """-> {child of the network: [1, FLOPs]}; size: (H, W) of its input."""
-    with FlopCounterMode(display=False) as counter:
-        net(torch.empty(1, 3, *size, device="meta", dtype=net.dtype))
-    counts = {name: sum(counter.get_flop_counts()[f"{type(net).__name__}.{name}"].values())
-              for name, _ in net.named_children()}
-    assert sum(counts.values()) == counter.get_total_flops(), "work outside the children"
-    return {name: [1, n] for name, n in counts.items()}
-
-
-def flops(function, *arguments):
-    with FlopCounterMode(display=False) as counter:
-        function(*arguments)
-    return counter.get_total_flops()
-
-
-# ---------------------------------------------------------------- seconds
-
-
-def seconds_of(run, size, images, warm_up, device):
-    """-> seconds of each picture (numpy arrays in memory to a map in memory), and the last map."""
-    pictures, seconds = np.random.default_rng(0), []
-    for i in range(warm_up + images):
-        picture = pictures.integers(0, 256, (size, size, 3), np.uint8)
-        synchronize(device)
-        began = time.perf_counter()
-        values = run(picture)
-        synchronize(device)
-        seconds.append(time.perf_counter() - began)
-    return seconds[warm_up:], values
-
-
-def synchronize(device):
-    if device.split(":")[0] in ("cuda", "mps"):
-        getattr(torch, device.split(":")[0]).synchronize()
-
-
-def time_one(c, source, precision, device, size, images, warm_up):
-    """One contestant in one precision -> what its row says. Its networks are gone afterwards."""
-    entry = c.build(source, c.settings, getattr(torch, precision), device)
-    seconds, values = seconds_of(entry.run, size, images, warm_up, device)
-    assert values.shape == (size, size), f"{c.title}: a map of {values.shape}"
-    for net in entry.nets:
-        net.to("meta")
-    remark = "" if np.isfinite(values).all() else ", map not finite"
-    return {"weights": entry.weights + remark, "mean": float(np.mean(seconds)),
-            "sd": float(np.std(seconds, ddof=1)) if images > 1 else None,
-            "flops": entry.count(size)}
-
-
-def speed_results(device, images, warm_up=1, size=512, sources=None, contestants=CONTESTANTS,
-                  finished=None):
-    """Yields a dict for each contestant and precision, which json can store.
-
-    sources   {name: folder or hub id} of weights to take instead of those in the hub's cache
-    finished  {key: dict} of an earlier run, yielded as they are
-    """
-    half, machine = "float16" if device.startswith("cuda") else "bfloat16", machine_name(device)
-    for c in contestants:
-        given = (sources or {}).get(c.name)
-        source = given or (c.hub[0] if c.hub and cached(*c.hub) else None)
-        for precision in ("float32", half):
-            key = f"{c.title} | {precision} | {given} | {size} | {images} | {machine}"
-            result = (finished or {}).get(key)
-            if result is None:
-                result = {"key": key, "method": c.title, "precision": precision, "error": None,
-                          "published": c.published}
-                try:
-                    with torch.inference_mode():
-                        result |= time_one(c, source, precision, device, size, images, warm_up)
-                except Exception as error:  # whatever it is, the others are still to be measured
-                    result["error"] = explain(error)
-                gc.collect()  # pipelines refer to themselves
-                if device.startswith("cuda"):
-                    torch.cuda.empty_cache()
-            yield result
-
-
-def machine_name(device):
-    """All that seconds depend on, beside the method: with another name they are measured anew."""
-    if device.startswith("cuda"):
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    return (f"{device} ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()}), "
-            f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}")
-
-
-# ---------------------------------------------------------------- the table
-
-
-def speed_lines(device, images, warm_up=1, size=512, keep=lambda result: None, **options):
-    """Yields the lines of the Markdown table, each as soon as it is measured.
-
-    keep gets each result (a file may want it); options: see speed_results.
-    """
-    yield (f"{machine_name(device)}; {images} pictures of {size}x{size} after {warm_up}, batch 1, "
-           "resizing included; a multiply-add is 2 FLOP")
-    yield ""
-    yield ("| method | weights | precision | seconds, mean ± sd | TFLOP | "
-           "published seconds (Titan RTX) |")
-    yield "|---|---|---|---|---|---|"
-    for result in speed_results(device, images, warm_up, size, **options):
-        keep(result)
-        yield speed_row(result)
-    yield ""
-    yield NOT_HERE
-
-
-def speed_row(r):
-    published = "" if r["published"] is None else f"{r['published']:g}"
-    if r["error"]:
-        reason = r["error"].replace("|", "/")
-        return f"| {r['method']} | | {r['precision']} | failed: {reason} | | {published} |"
-    spread = "" if r["sd"] is None else f" ± {r['sd']:.2g}"
-    parts = " + ".join(f"{name} {f'{calls} x ' if calls > 1 else ''}{n / 1e12:.2f}"
-                       for name, (calls, n) in r["flops"].items())
-    total = sum(calls * n for calls, n in r["flops"].values()) / 1e12
-    return (f"| {r['method']} | {r['weights']} | {r['precision']} | {r['mean']:.3g}{spread} | "
-            f"{total:.2f} = {parts} | {published} |")
-
-
-def run_speed(a):
-    """--speed: the table, line by line; what --out already holds for this machine is not timed."""
-    names = {c.name for c in CONTESTANTS}
-    sources = dict(word.split("=", 1) if "=" in word else (word, "") for word in a.speed_weights)
-    if not set(sources) <= names or not all(sources.values()):
-        raise UserError(f"--speed_weights {' '.join(a.speed_weights)}: NAME=DIR with a NAME of "
-                        f"{', '.join(sorted(names))}")
-    if a.checkpoint:
-        sources.setdefault("fiffdepth", a.checkpoint)
-    device = choose_device(a.device)
-    on_gpu = device.startswith("cuda")
-    images = (100 if on_gpu else 3) if a.speed_images is None else a.speed_images
-    if images < 1:
-        raise UserError(f"--speed_images {images}: must be at least 1")
-    for flag in ("data", "list", "predictions", "vae", "size", "teacher", "space", "frames",
-                 "stride"):
-        if getattr(a, flag) is not None:
-            raise UserError(f"--{flag} has no meaning with --speed; leave it out")
-    log = read_log(a.out)
-    finished = {key: result for key, result in log.speeds.items() if not result["error"]}
-
-    def keep(result):
-        if result["key"] not in finished:
-            add_line(log, result)
-
-    for line in speed_lines(device, images, 3 if on_gpu else 1, sources=sources, keep=keep,
-                            finished=finished):
-        print(line, flush=True)
-    return 0
+            rows[i] = {"image": names[i], "version": versions[i]} | row
+            report.add_line(file, rows[i])
+    images = len(s.picked) + len(s.lost)
+    summary = {
+        "chosen": s.chosen, "source": predictor.source, "protocol": describe(s),
+        "scored": len(rows), "failed": sum(map(len, failures.values())),
+        "count": frames.layout.count or images, "scores": mean_scores(s, rows),
+        "upside_down": sum(row.get("upside_down", False) for row in rows.values())}
+    if [line for line in lines if line.get("chosen") == s.chosen][-1:] != [summary]:
+        report.add_line(file, summary)
+    return settings | summary, failures
+
+
+def mean_scores(s, rows):
+    """{key: score}: the plain mean over images, as these protocols say; DA-2K over pairs, for all
+    and for each scene."""
+    if s.protocol.measure == "pairs":
+        total, right = collections.Counter(), collections.Counter()
+        for i in s.picked:
+            name = s.frames.names[i]
+            for scene in ("all", scene_of(name)):
+                total[scene] += len(s.frames.pairs[name])
+                right[scene] += rows[i]["right"] if i in rows else 0
+        return {scene: right[scene] / max(n, 1) for scene, n in total.items()}
+    found = [rows[i] for i in s.picked if i in rows]
+    keys = dict.fromkeys(key for row in found for key in row)
+    return {key: float(np.mean([row[key] for row in found if key in row])) for key in keys
+            if key not in ("image", "version", "upside_down")}
 
 
 # ---------------------------------------------------------------- the command
@@ -1330,37 +649,40 @@ def open_sets(a):
             raise UserError(f"{flag} {value}: must be at least 1")
     if a.size is not None and a.size < 0:
         raise UserError(f"--size {a.size}: pixels, or 0 for the picture's own")
-    rows = tuple(row for row in SETS + TEST_SETS if row.name in TESTS)
+    rows = tuple(row for row in SETS + TEST_SETS if row.name in PROTOCOLS)
     sources = parse_sources(a.data or [f"nano={default}"], a.list or (), rows)
     return [open_set(name, path, listed, a) for name, (path, listed) in sources.items()]
 
 
 def jobs(s, who, a):
     """Yields (predictor, size, space) for every line of a set's table."""
-    for predictor in who(s.name):
+    for predictor in who(s.frames.name):
         own = "depth" if predictor.space == "metric" else predictor.space
-        spaces = a.space if a.space and not a.predictions and s.test.measure in ALIGNED else [own]
-        sizes = (a.size,) if a.size is not None else s.test.sizes
+        several = a.space and not a.predictions and s.protocol.measure in ALIGNED
+        sizes = (a.size,) if a.size is not None else s.protocol.sizes
         for size in sizes if predictor.sized else sizes[:1]:
-            for space in spaces:
+            for space in a.space if several else [own]:
                 yield predictor, size, space
 
 
 def run(a):
     """Scores all sets -> exit status: 0, or 1 when an image has no score."""
-    sets, log = open_sets(a), read_log(a.out)
+    sets = open_sets(a)
+    report.check_folder(a.out)
     who, failed = predictors(a), False
     for s in sets:
-        runs = []
+        results = []
         for predictor, size, space in jobs(s, who, a):
-            run_name, failures = score_set(s, predictor, size, space, log)
-            runs.append(run_name)
+            result, failures = score_set(s, predictor, size, space, a.out)
+            results.append(result)
             for reason, images in failures.items():
                 failed = True
+                name = s.frames.name
                 print(f"{predictor.title}, {len(images)} without a score: {reason}; the first: "
-                      f"{s.name}/{images[0].removeprefix(s.name + '/')}", file=sys.stderr)
-        print("\n".join(set_table(log, runs, a.all_metrics)), flush=True)
-    report(log, a.all_metrics)
+                      f"{name}/{images[0].removeprefix(name + '/')}", file=sys.stderr)
+        print("\n".join(report.set_table(results, a.all_metrics)), flush=True)
+    tables = report.write_tables(a.out, report.all_results(a.out, PROGRAM), a.all_metrics)
+    print("\n".join(tables), end="")
     return 1 if failed else 0
 
 
@@ -1369,18 +691,18 @@ def flags():
                                      formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--data", nargs="+", action="extend", metavar="NAME=PATH",
-        help="sets to score, folder or .tar: " + " ".join(TESTS) + "; without it, the small "
+        help="sets to score, folder or .tar: " + " ".join(PROTOCOLS) + "; without it, the small "
         "world's held-out wild scenes")
     add("--list", nargs="+", action="extend", metavar="NAME=FILE",
         help="list files in Marigold's form; without one, images are found by name and sorted")
     add("--checkpoint", metavar="DIR|HUB_ID",
-        help="model to score, or to time; without it nano/weights/fiffdepth is scored, and a "
-        "network of Stable Diffusion 2's size timed")
+        help="model to score; without it nano/weights/fiffdepth")
     add("--vae", metavar="DIR|HUB_ID", help="another autoencoder of the same latent space")
     add("--teacher", metavar="DIR|HUB_ID", help="also score a teacher (Sec. 3.3) and a vertical "
         "ramp; for the small world its own teacher is the default")
-    add("--predictions", metavar="DIR", help="score .npy maps of another program instead, of the "
-        "pictures' size, in their sub-folders: NAME.npy, NAME_depth.npy or Marigold's pred_ID.npy")
+    add("--predictions", metavar="DIR", help="score maps of another program instead, of the "
+        "pictures' size, in their sub-folders: NAME, NAME_depth or Marigold's pred_ID, as .npy, "
+        ".npz (Depth Pro), float .tif or 16-bit .png")
     add("--space", nargs="+", choices=("disparity", "depth", "metric"),
         help="where to align: default, the checkpoint's own; with --predictions, what the maps are")
     add("--size", type=int, help="pixels of the longer side in the network, 0 for the picture's "
@@ -1389,26 +711,22 @@ def flags():
     add("--stride", type=int, help="score every so many of them; default 1, for Spring 5")
     add("--all_metrics", action="store_true",
         help="also RMSE, RMSE log, log10, SILog, delta2, delta3")
-    add("--out", type=Path, default=Path("runs/evaluate.jsonl"), metavar="FILE.jsonl",
-        help="results, a line an image, and all tables beside it as .md; what is there already "
-        "is not computed again")
-    add("--speed", action="store_true", help="the running times of Table 3 in seconds, not scores")
-    add("--speed_images", type=int, metavar="N",
-        help="pictures timed for each method; without it, 100 on CUDA and 3 elsewhere")
-    add("--speed_weights", nargs="+", default=[], metavar="NAME=DIR|HUB_ID",
-        help="weights for --speed: " + ", ".join(sorted({c.name for c in CONTESTANTS}))
-        + "; without it, those in the hub's cache, or random ones")
+    add("--out", type=Path, default=Path("runs/evaluate"), metavar="DIR",
+        help="results, a line an image, and all tables in tables.md; what is there already is not "
+        "computed again")
     add("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"),
-        help="precision of the network; auto is float16 on CUDA, else float32")
+        help="precision of the network; auto is float16 on CUDA, else what this CPU computes "
+        "fastest")
     add("--device", default="auto", help="auto (cuda, then mps, then cpu), one of them, or cuda:1")
     return parser
 
 
 def main(argv=None):
+    for stream in (sys.stdout, sys.stderr):  # a path in another script must not end a run
+        stream.reconfigure(errors="backslashreplace")
     try:
-        a = flags().parse_args(argv)
         with torch.inference_mode():
-            return run_speed(a) if a.speed else run(a)
+            return run(flags().parse_args(argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

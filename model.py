@@ -309,7 +309,8 @@ def cpu_speedup(dtype):
         function(*arguments)
         return time.perf_counter() - began
 
-    gains = []
+    gains, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)  # several would wait for each other where other programs run
     with torch.inference_mode():
         for function, *shapes in ((F.conv2d, (1, 64, 16, 16), (64, 64, 3, 3)),
                                   (torch.matmul, (128, 256), (256, 256))):
@@ -322,6 +323,7 @@ def cpu_speedup(dtype):
                 if best[dtype] > 10 * best[torch.float32]:
                     break  # emulated: no need to wait for more
             gains.append(best[torch.float32] / best[dtype])
+    torch.set_num_threads(threads)
     return min(gains)
 
 

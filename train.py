@@ -412,7 +412,7 @@ def validate(model, teacher, held_out, out, done, rows=4):
                 tqdm.write(f"held out, skipped {frames.frames[i].rgb}: {error}", file=sys.stderr)
                 continue
             pred = predict_batch(model, rgb[None])[0]
-            scores.append(score(pred, depth, valid, space, frames.layout))
+            scores.append(score(pred, depth, valid, space, frames.layout.near, frames.layout.far))
             if sample:
                 pictures.append(preview(model, teacher, sample, space))
     model.unet.train()

@@ -158,7 +158,7 @@ def scores_on(model, folder, count):
         rgb, depth, valid = frames.or_stop(frames.read, i)
         pred, space = predict_image(model, rgb), model.info["target"]
         pairs = random_pairs(depth, valid, zlib.crc32(frames.names[i].encode()))
-        rows.append((*score(pred, depth, valid, space, frames.layout),
+        rows.append((*score(pred, depth, valid, space, frames.layout.near, frames.layout.far),
                      pair_accuracy(pred, pairs, space)))
     rows = np.array(rows)
     rows = rows[np.isfinite(rows).all(1)]  # all means are of the same frames

@@ -209,7 +209,8 @@ def failures(w):
     for i in range(min(w.a.frames, len(w.frames))):
         rgb, depth, valid = w.frames.or_stop(w.frames.read, i)
         pred = predict_image(w.model, rgb)
-        scored.append((score(pred, depth, valid, "disparity", w.frames.layout)[1], i))
+        scored.append((score(pred, depth, valid, "disparity", w.frames.layout.near,
+                             w.frames.layout.far)[1], i))
     worst = sorted(scored)[:w.a.rows]
     return sheet([w.results(i) for _, i in worst], ("picture", "d_0", "teacher", "truth"),
                  left=[f"delta1 {100 * share:.0f} %" for share, _ in worst])

@@ -290,7 +290,8 @@ def held_out_scores(predict, a, n=256):
     """predict: data.Sample -> disparity map [H, W]; means over held-out wild frames."""
     frames = FrameSet("nano", a.data / "wild/test")
     scores = [score(predict(frames.named(frames.sample, i, False)), *frames.read(i)[1:],
-                    "disparity", frames.layout) for i in range(min(n, len(frames)))]
+                    "disparity", frames.layout.near, frames.layout.far)
+              for i in range(min(n, len(frames)))]
     error, share, f1 = np.nanmean(scores, 0).tolist()
     return {"abs_rel_percent": round(100 * error, 2), "delta1_percent": round(100 * share, 2),
             "boundary_f1": round(f1, 3)}
