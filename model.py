@@ -141,8 +141,7 @@ class FiffDepth(nn.Module):
         dtype  of the weights in memory; float32 for training
         """
         folder = fetch(path_or_id, "unet/config.json", "a checkpoint or generator (unet/, vae/)")
-        info = read_json(folder / INFO_FILE) if (folder / INFO_FILE).exists() else AUTHORS_INFO
-        check_sums(folder, info)
+        info = read_info(folder)
         check_generator(path_or_id, read_json(folder / "unet/config.json"))
         unet = load(UNet2DConditionModel, folder / "unet", torch_dtype=dtype)
         prompt = read_prompt(folder, unet.config.cross_attention_dim)
@@ -152,14 +151,13 @@ class FiffDepth(nn.Module):
             raise UserError(f"{path_or_id}: its UNet takes {unet.config.in_channels} channels, the "
                             f"autoencoder has {autoencoder.config.latent_channels}; choose a --vae "
                             "of the same latent space")
-        info = {k: v for k, v in info.items() if k != "crc32"}
         model = cls(unet, autoencoder, load_scheduler(folder), prompt.to(dtype), info).eval()
         return model.to(memory_format=torch.channels_last)  # convolutions are faster so
 
     def save_pretrained(self, path, dtype=None):
         """Writes unet/, vae/, scheduler/ (as v-prediction, which Eq. 3 makes of any base), the
-        empty prompt and the JSON, which holds a checksum of each other file. Each file is written
-        beside its place and renamed into it.
+        empty prompt and the JSON, which holds a checksum of each file. Each file is written beside
+        its place and renamed into it.
         dtype: store the weights at another precision, e.g. torch.float16."""
         path = Path(path)
         temporary = path / ".saving"  # inside: on the same file system, whatever path is
@@ -171,22 +169,16 @@ class FiffDepth(nn.Module):
             self.scheduler.config, prediction_type="v_prediction"
         ).save_pretrained(temporary / "scheduler")
         save_file({"prompt": self.prompt.float().cpu().contiguous()}, temporary / PROMPT_FILE)
-        files = sorted(f for f in temporary.rglob("*") if f.is_file())
-        sums = {f.relative_to(temporary).as_posix(): [crc32(f)] for f in files}
-        before = read_json(path / INFO_FILE).get("crc32", {}) if (path / INFO_FILE).exists() else {}
-        # between the two JSONs a file may be the old or the new one: a kill leaves a sound folder
-        self.write_info(path, {name: [*sums[name], *before.get(name, [])] for name in sums})
-        for file in files:
-            target = path / file.relative_to(temporary)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            open_to_others(file)
-            os.replace(file, target)
+        write_json(temporary / INFO_FILE, self.info)
+        names = sorted(f.relative_to(temporary) for f in temporary.rglob("*") if f.is_file())
+        sums = {name.as_posix(): checksum(temporary / name) for name in names}
+        write_json(path / INFO_FILE, self.info)  # no checksums yet: after a kill the folder loads
+        for name in names:
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            open_to_others(temporary / name)
+            os.replace(temporary / name, path / name)
+        write_json(path / INFO_FILE, self.info | {"crc32": sums})
         shutil.rmtree(temporary)
-        self.write_info(path, sums)
-
-    def write_info(self, path, sums):
-        with replacing(path / INFO_FILE) as part:
-            part.write_text(json.dumps(self.info | {"crc32": sums}, indent=1) + "\n", "utf-8")
 
 
 class Teacher(nn.Module):
@@ -335,7 +327,11 @@ def fetch(path_or_id, needed, what):
     needed  a file that must be in it (or one of several); what: how to name it if none is
     A hub repository is downloaded into the hub's cache; without a network the cache is enough.
     """
-    folder = Path(path_or_id) if Path(path_or_id).is_dir() else download(str(path_or_id))
+    folder = Path(path_or_id)
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; expected the folder or hub id of {what}")
+    if not folder.is_dir():
+        folder = download(str(path_or_id))
     names = [needed] if isinstance(needed, str) else needed
     if not any((folder / name).exists() for name in names):
         found = ", ".join(sorted(f.name for f in folder.iterdir())[:8]) or "nothing"
@@ -344,25 +340,26 @@ def fetch(path_or_id, needed, what):
 
 
 def download(hub_id):
-    """Of a hub repository what this file reads: configurations, and weights as safetensors in full
-    precision; another variant or format only where there is nothing else."""
+    """Of a hub repository what this file reads -> the folder in the hub's cache: configurations,
+    and weights as safetensors in full precision; another variant or format only where there is
+    nothing else."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (HfHubHTTPError, HFValidationError,
                                         LocalEntryNotFoundError)
 
+    parts = ["", "unet/", "vae/", "text_encoder/"]
     variants = ["*.fp16.*", "*.fp16-*", "*.bf16.*", "*non_ema*"]
-    parts = ["unet/", "vae/", "text_encoder/", ""]
-    texts = ["*.json", "*.txt", PROMPT_FILE]
     try:
-        for weights, unwanted in (("safetensors", variants), ("safetensors", ["*non_ema*"]),
-                                  ("bin", variants), ("bin", [])):
-            names = [f"{part}{stem}*.{weights}" for part in parts
-                     for stem in ("model", "diffusion_pytorch_model", "pytorch_model")]
-            folder = Path(snapshot_download(hub_id, allow_patterns=texts + names,
-                                            ignore_patterns=unwanted))
-            if list((folder / "unet" if (folder / "unet").exists() else folder)
-                    .glob(f"*.{weights}")):
-                return folder
+        for ending, unwanted in (("safetensors", variants), ("safetensors", ["*non_ema*"]),
+                                 ("bin", variants), ("bin", [])):
+            weights = [f"{part}{stem}*.{ending}" for part in parts
+                       for stem in ("model", "diffusion_pytorch_model", "pytorch_model")]
+            folder = Path(snapshot_download(
+                hub_id, allow_patterns=["*.json", "*.txt", PROMPT_FILE, *weights],
+                ignore_patterns=unwanted))
+            if all(weight_files(folder / part) for part in parts
+                   if (folder / part / "config.json").exists()):
+                break
     except LocalEntryNotFoundError:
         raise UserError(f"{hub_id}: no such folder; as a hub id it is not in the cache, and the "
                         "hub cannot be reached") from None
@@ -374,6 +371,19 @@ def download(hub_id):
     return folder
 
 
+def weight_files(folder):
+    return [f.name for f in Path(folder).iterdir()
+            if f.suffix in (".safetensors", ".bin") and "model" in f.name]
+
+
+def variant(folder):
+    """What diffusers and transformers call a variant, where all weights of a folder are of one:
+    "fp16" for model.fp16.safetensors; None when plain ones are there."""
+    names = [name.split(".") for name in weight_files(folder)]
+    marks = sorted(parts[1].split("-")[0] for parts in names if len(parts) > 2)
+    return marks[0] if marks and len(marks) == len(names) else None
+
+
 def load(network, folder, **options):
     """network.from_pretrained(folder), with every weight found in the file.
 
@@ -381,29 +391,21 @@ def load(network, folder, **options):
     if issubclass(network, diffusers.ModelMixin):
         options |= {"low_cpu_mem_usage": False}  # the default wants another package
     try:
-        net, found = network.from_pretrained(folder, output_loading_info=True, local_files_only=True,
-                                             variant=variant(folder), **options)
+        net, found = network.from_pretrained(
+            folder, variant=variant(folder), local_files_only=True, output_loading_info=True,
+            ignore_mismatched_sizes=True, **options)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be loaded as {network.__name__} "
                         f"({explain(error)})") from None
-    missing, unexpected = (sorted(found[k]) for k in ("missing_keys", "unexpected_keys"))
-    missing = [name for name in missing if not name.startswith(UNUSED)]
-    if missing or found["mismatched_keys"]:
-        first = (missing or sorted(found["mismatched_keys"]))[0]
-        instead = f", there is {unexpected[0]} instead" if unexpected else ""
-        raise UserError(f"{folder}: {len(missing) or len(found['mismatched_keys'])} weights are "
-                        f"missing, the first is {first}{instead}; save the bare network, outside "
-                        "any wrapper, or fetch it again")
+    wrong = sorted(name for name in found["missing_keys"] if not name.startswith(UNUSED))
+    wrong += sorted(name for name, *shapes in found["mismatched_keys"])
+    if wrong:
+        unknown = sorted(found["unexpected_keys"])
+        instead = f", there is {unknown[0]} instead" if unknown else ""
+        raise UserError(f"{folder}: {len(wrong)} weights are missing or of another shape, the first "
+                        f"is {wrong[0]}{instead}; save the bare network, outside any wrapper, or "
+                        "fetch it again")
     return net
-
-
-def variant(folder):
-    """What diffusers and transformers call a variant, where all weights of a folder are of one:
-    "fp16" for model.fp16.safetensors; None when plain ones are there."""
-    names = [f.name.split(".") for f in Path(folder).iterdir()
-             if f.suffix in (".safetensors", ".bin") and "model" in f.name]
-    marks = sorted(parts[1].split("-")[0] for parts in names if len(parts) > 2)
-    return marks[0] if marks and len(marks) == len(names) else None
 
 
 def load_vae(folder, dtype):
@@ -461,9 +463,9 @@ def read_prompt(folder, width):
             raise UserError(f"{folder}/tokenizer: cannot be loaded ({explain(error)})") from None
         with torch.no_grad():
             prompt = load(CLIPTextModel, folder / "text_encoder")(tokens.input_ids)[0]
-    if prompt.shape[-1] != width:
-        raise UserError(f"{folder}: the empty prompt has width {prompt.shape[-1]}, "
-                        f"the UNet expects {width}")
+    if prompt.ndim != 3 or prompt.shape[-1] != width:
+        raise UserError(f"{folder}: the empty prompt has the shape {tuple(prompt.shape)}, the UNet "
+                        f"expects (1, tokens, {width})")
     return prompt
 
 
@@ -477,8 +479,30 @@ def save_network(net, folder, dtype):
               folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
 
 
-def crc32(file):
-    """Checksum of a file's bytes."""
+def read_info(folder):
+    """What inference needs to know, from a checkpoint's JSON, once all its files have the checksums
+    that stand there: one that is damaged, or of another checkpoint, must never give a map."""
+    file = folder / INFO_FILE
+    if not file.exists():
+        return AUTHORS_INFO
+    info = read_json(file)
+    for name, value in info.pop("crc32", {}).items():
+        if not (folder / name).exists() or checksum(folder / name) != value:
+            raise UserError(f"{folder / name} is missing, damaged or of another checkpoint; fetch "
+                            f"it again (or, if you changed it, remove \"crc32\" from {INFO_FILE})")
+    if info.get("target") not in ("disparity", "depth") or not isinstance(info.get("size"), int):
+        raise UserError(f"{file}: expected \"target\", disparity or depth, and \"size\", the "
+                        "longer side in pixels")
+    return info
+
+
+def checksum(file):
+    """The crc32 of a file's bytes; of a JSON file's content, as git may change its line ends, and
+    without "crc32" itself."""
+    if file.suffix == ".json":
+        content = read_json(file)
+        content.pop("crc32", None)
+        return zlib.crc32(json.dumps(content, sort_keys=True).encode())
     value = 0
     with open(file, "rb") as f:
         while block := f.read(1 << 20):
@@ -486,9 +510,6 @@ def crc32(file):
     return value
 
 
-def check_sums(folder, info):
-    """A checkpoint of ours knows its files: a damaged or mixed-up one never gives a map."""
-    for name, values in info.get("crc32", {}).items():
-        if not (folder / name).exists() or crc32(folder / name) not in values:
-            raise UserError(f"{folder / name}: is missing, damaged or of another checkpoint; fetch "
-                            f"it again (or, if you changed it, remove crc32 from {INFO_FILE})")
+def write_json(file, content):
+    with replacing(file) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
