@@ -419,22 +419,23 @@ def read_list(path, names, rows):
         tails = ("/".join(parts[k:]) for k in range(len(parts)))
         return next((tail for tail in tails if tail in names), "/".join(parts))
 
-    def in_this_release(name):
-        """The root's name of a picture that the list knows by another release's, or None."""
-        matches = [(row, re.fullmatch(row.listed[0], name)) for row in rows if row.listed]
-        found = [locate(match.expand(row.listed[1])) for row, match in matches if match]
-        return next((other for other in found if other in names), None)
+    def in_other_words(line, name):
+        """The root's names of a picture with blanks, or that the list names as another release."""
+        if len(locate(line).split()) == len(line.split()):      # all of it, no last name of several
+            yield locate(line)
+        for row in rows:
+            if row.listed and (match := re.fullmatch(row.listed[0], name)):
+                yield locate(match.expand(row.listed[1]))
 
     frames = []
     for line in Path(path).read_text("utf-8-sig", errors="replace").splitlines():
         line, fields = line.strip(), line.split()
         if not fields or line[0] == "#" or fields[1:2] == ["None"]:
             continue
-        rgb, depth = locate(line), None
+        rgb, depth = locate(fields[0]), locate(fields[1]) if fields[1:] else None
         if rgb not in names:
-            rgb, depth = locate(fields[0]), locate(fields[1]) if fields[1:] else None
-        if rgb not in names and (other := in_this_release(fields[0])):
-            rgb, depth = other, None
+            others = (other for other in in_other_words(line, fields[0]) if other in names)
+            rgb, depth = next(((other, None) for other in others), (rgb, depth))
         frames.append(Frame(rgb, depth))
     return list(dict.fromkeys(frames))              # a frame listed twice counts once
 

@@ -351,7 +351,7 @@ def download(hub_id):
     variants = ["*.fp16.*", "*.fp16-*", "*.bf16.*", "*non_ema*"]
     try:
         for ending, unwanted in (("safetensors", variants), ("safetensors", ["*non_ema*"]),
-                                 ("bin", variants), ("bin", [])):
+                                 ("safetensors", []), ("bin", variants), ("bin", [])):
             weights = [f"{part}{stem}*.{ending}" for part in parts
                        for stem in ("model", "diffusion_pytorch_model", "pytorch_model")]
             folder = Path(snapshot_download(
@@ -402,9 +402,9 @@ def load(network, folder, **options):
     if wrong:
         unknown = sorted(found["unexpected_keys"])
         instead = f", there is {unknown[0]} instead" if unknown else ""
-        raise UserError(f"{folder}: {len(wrong)} weights are missing or of another shape, the first "
-                        f"is {wrong[0]}{instead}; save the bare network, outside any wrapper, or "
-                        "fetch it again")
+        raise UserError(f"{folder}: {len(wrong)} weights are missing or of another shape, the "
+                        f"first is {wrong[0]}{instead}; save the bare network, outside any wrapper, "
+                        "or fetch it again")
     return net
 
 

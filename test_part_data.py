@@ -286,6 +286,49 @@ def own_pairs(root, content, ending="png", picture="image/a.jpg", **told):
     return root
 
 
+@pytest.fixture(scope="session")
+def processor():
+    """DPTImageProcessor without torchvision."""
+    for module, name in (
+            ("transformers.models.dpt.image_processing_pil_dpt", "DPTImageProcessorPil"),
+            ("transformers.models.dpt.image_processing_dpt", "DPTImageProcessor")):
+        try:
+            return getattr(__import__(module, fromlist=[name]), name)
+        except (ImportError, AttributeError):
+            continue
+    pytest.skip("no image processor that runs without torchvision")
+
+
+@pytest.fixture(scope="session")
+def laion(tmp_path_factory):
+    """img2dataset's output: files/ and shards/ of the same two shards."""
+    root = tmp_path_factory.mktemp("laion")
+    hidden = {"._000000000.jpg": b"macOS", ".cache/1.jpg": b""}
+    for shard in (0, 1):
+        write(root / f"files/{shard:05}", laion_shard(shard))
+        put(root, f"files/{shard:05}.parquet", b"PAR1")
+        put(root, f"shards/{shard:05}_stats.json", b"{}")
+        write_tar(root / f"shards/{shard:05}.tar", hidden | laion_shard(shard))
+    return root
+
+
+@pytest.fixture(scope="session")
+def wrong_roots(tmp_path_factory):
+    root = tmp_path_factory.mktemp("wrong")
+    (root / "empty").mkdir()
+    put(root, "wrong/readme.md", b"x")
+    put(root, "file.zip", b"x")
+    put(root, "broken.tar", b"not a tar")
+    write_tar(root / "cut.tar", {"a.png": bytes(9000)})
+    put(root, "cut.tar", (root / "cut.tar").read_bytes()[:5000])
+    with tarfile.open(root / "gz.tar", "w:gz") as tar:
+        tar.add(root / "file.zip", "a.png")
+    write(root / "half", dict([next(iter(vkitti("", "").items()))]))   # depth never unpacked
+    for i in range(3):
+        put(root, f"junk/{i}.jpg", b"hello")
+    return root
+
+
 # ================================================================ losses
 
 
@@ -715,33 +758,34 @@ class TestModel:
 
     def test_a_save_killed_at_any_point_leaves_a_folder_that_loads(self, tiny, tmp_path,
                                                                    monkeypatch):
-        rgb, real_replace = random_rgb(16, 16), os.replace
+        rgb, real_replace, calls, found = random_rgb(16, 16), os.replace, [], []
         old, new = (FiffDepth.from_pretrained(tiny / "base") for _ in range(2))
         with torch.no_grad():
             new.unet.conv_out.bias += 0.5
-        maps, left = [old(rgb), new(rgb)], []
 
         def replace(*names):
-            if left.pop() == "kill":
+            calls.append(names)
+            if len(calls) > len(found):
                 raise SystemExit
             real_replace(*names)
 
         monkeypatch.setattr(os, "replace", replace)
-        found = []
-        for n in range(20):
-            folder = Path(shutil.copytree(tiny / "base", tmp_path / str(n)))
-            left[:] = ["go on"] * 20 + ["kill"] + ["go on"] * n
+        killed = True
+        while killed:                                       # after 0, 1, 2, ... renames
+            folder = Path(shutil.copytree(tiny / "base", tmp_path / str(len(found))))
+            calls.clear()
             try:
                 new.save_pretrained(folder)
+                killed = False
             except SystemExit:
                 pass
-            found.append(FiffDepth.from_pretrained(folder)(rgb))
-            assert any(torch.equal(found[-1], a) for a in maps), n
-            if left and left[0] == "go on" and "kill" in left:
-                break                                       # all renames are done: n was too many
-        assert n == 9                                       # seven files, and the JSON twice more
-        assert torch.equal(found[0], maps[0])
-        assert torch.equal(found[-1], maps[1])
+            given = FiffDepth.from_pretrained(folder)(rgb)
+            found.append([torch.equal(given, model(rgb)) for model in (old, new)])
+        assert found == sorted(found, reverse=True)         # first the old map, then the new one
+        assert [True, True] not in found
+        assert [False, False] not in found
+        assert len(found) > 7                               # there are seven files
+        monkeypatch.undo()
         new.save_pretrained(tmp_path / "4")                 # goes over what the kill left behind
         assert not list((tmp_path / "4").glob(".*"))
 
@@ -970,18 +1014,6 @@ class TestModel:
 
 class TestTeacher:
     # ------------------------------------------------------------ behaviour
-
-    @pytest.fixture(scope="class")
-    def processor(self):
-        """DPTImageProcessor without torchvision."""
-        for module, name in (
-                ("transformers.models.dpt.image_processing_pil_dpt", "DPTImageProcessorPil"),
-                ("transformers.models.dpt.image_processing_dpt", "DPTImageProcessor")):
-            try:
-                return getattr(__import__(module, fromlist=[name]), name)
-            except (ImportError, AttributeError):
-                continue
-        pytest.skip("no image processor that runs without torchvision")
 
     @pytest.mark.parametrize("H, W", [(480, 640), (375, 1242), (768, 1024), (300, 200)])
     def test_preprocessing_agrees_with_the_processor_of_transformers(self, processor, H, W):
@@ -1303,8 +1335,7 @@ class TestData:
 
     def test_raw_hypersim_is_planar(self, tmp_path):
         raw_hypersim(tmp_path, np.full((768, 1024), 2.0))
-        frames = FrameSet("hypersim", tmp_path)
-        _, depth, valid = frames.read(0)
+        _, depth, valid = FrameSet("hypersim", tmp_path).read(0)
         factor = 886.81 / np.sqrt(511.5 ** 2 + 383.5 ** 2 + 886.81 ** 2)
         assert factor == pytest.approx(0.811, abs=5e-4)
         for corner in (depth[0, 0], depth[0, -1], depth[-1, 0], depth[-1, -1]):
@@ -1312,7 +1343,6 @@ class TestData:
         assert depth[384, 512] == pytest.approx(2, rel=1e-5)
         assert depth[384, 0] == pytest.approx(2 * 886.81 / np.hypot(511.5, 886.81), rel=1e-5)
         assert valid.all()
-        assert frames.sample.__func__ is FrameSet.sample
 
     def test_planar_at_half_the_size_is_the_same_field_of_view(self):
         factor = 886.81 / np.sqrt(511.5 ** 2 + 383.5 ** 2 + 886.81 ** 2)
@@ -1433,18 +1463,6 @@ class TestData:
 
     # ------------------------------------------------------------ photographs
 
-    @pytest.fixture(scope="class")
-    def laion(self, tmp_path_factory):
-        """img2dataset's output: files/ and shards/ of the same two shards."""
-        root = tmp_path_factory.mktemp("laion")
-        hidden = {"._000000000.jpg": b"macOS", ".cache/1.jpg": b""}
-        for shard in (0, 1):
-            write(root / f"files/{shard:05}", laion_shard(shard))
-            put(root, f"files/{shard:05}.parquet", b"PAR1")
-            put(root, f"shards/{shard:05}_stats.json", b"{}")
-            write_tar(root / f"shards/{shard:05}.tar", hidden | laion_shard(shard))
-        return root
-
     @pytest.mark.parametrize("place, names", [
         ("files", ["00000/000000000.jpg", "00000/000000003.jpg", "00001/000010000.jpg",
                    "00001/000010003.jpg"]),
@@ -1511,6 +1529,8 @@ class TestData:
         ("rgb_00000.png\nrgb_00007.png\n", [0], ["nano/rgb_00007.png: no rgb_00007.png"]),
         ("rgb_00000.png\nrgb_00001.png depth_00009.png\n", [0],
          ["nano/rgb_00001.png: no depth_00009.png"]),
+        ("x/rgb_00007.png x/depth_00000.png\nrgb_00000.png\n", [0],
+         ["nano/x/rgb_00007.png: no x/rgb_00007.png"]),
         ("rgb depth\nrgb_00000.png\n", [0], ["nano/rgb: no rgb"])])        # a header
     def test_lists(self, tmp_path, lines, names, missing):
         root = nano(tmp_path / "n", 3)
@@ -1562,18 +1582,18 @@ class TestData:
                                                      "x/image/c.PNG"]
 
     def test_pairs_of_a_list(self, tmp_path):
-        put(tmp_path, "left/0.png", image_bytes(noise(12, 16)))
-        put(tmp_path, "maps/zero.npy", npy_bytes(self.METRES))
-        put(tmp_path, "pairs.json", json.dumps(PAIRS | {"unit": 1}).encode())
-        elsewhere = tmp_path / "elsewhere"
-        put(elsewhere, "1.png", image_bytes(noise(12, 16, 1)))
-        put(elsewhere, "1.npy", npy_bytes(self.METRES))
-        put(tmp_path, "my.txt", f"# picture depth\nleft/0.png maps/zero.npy\n{elsewhere}/1.png "
-            f"{elsewhere}/1.npy\nleft/0.png\n".encode())
-        (name, (root, listing)), = data.parse_sources([f"pairs={tmp_path / 'my.txt'}"]).items()
-        assert (root, listing) == (tmp_path, tmp_path / "my.txt")
-        frames = FrameSet(name, root, listing)
-        assert frames.names == ["left/0.png", f"{elsewhere}/1.png"]
+        mine, other = tmp_path / "mine", tmp_path / "other"
+        put(mine, "left/0.png", image_bytes(noise(12, 16)))
+        put(mine, "maps/zero.npy", npy_bytes(self.METRES))
+        put(mine, "pairs.json", json.dumps(PAIRS | {"unit": 1}).encode())
+        put(other, "1.png", image_bytes(noise(12, 16, 1)))
+        put(other, "1.npy", npy_bytes(self.METRES))
+        put(mine, "my.txt", f"# picture depth\nleft/0.png maps/zero.npy\n{other}/1.png {other}/1.npy"
+            "\nleft/0.png\n".encode())
+        (name, source), = data.parse_sources([f"pairs={mine / 'my.txt'}"]).items()
+        assert source == (mine, mine / "my.txt")
+        frames = FrameSet(name, *source)
+        assert frames.names == ["left/0.png", f"{other}/1.png"]
         assert np.array_equal(frames.read(1)[0], noise(12, 16, 1))
         assert np.allclose(frames.read(1)[1], self.METRES)
         assert frames.missing == ["pairs/left/0.png: no depth map for it in the list"]
@@ -1797,22 +1817,6 @@ class TestData:
         assert sentence.startswith("--data hypersim=")
 
     # ------------------------------------------------------------ mistakes
-
-    @pytest.fixture(scope="class")
-    def wrong_roots(self, tmp_path_factory):
-        root = tmp_path_factory.mktemp("wrong")
-        (root / "empty").mkdir()
-        put(root, "wrong/readme.md", b"x")
-        put(root, "file.zip", b"x")
-        put(root, "broken.tar", b"not a tar")
-        write_tar(root / "cut.tar", {"a.png": bytes(9000)})
-        put(root, "cut.tar", (root / "cut.tar").read_bytes()[:5000])
-        with tarfile.open(root / "gz.tar", "w:gz") as tar:
-            tar.add(root / "file.zip", "a.png")
-        write(root / "half", dict([next(iter(vkitti("", "").items()))]))   # depth never unpacked
-        for i in range(3):
-            put(root, f"junk/{i}.jpg", b"hello")
-        return root
 
     @pytest.mark.parametrize("kind", ["hypersim", "vkitti", "nano", "photos", "pairs"])
     @pytest.mark.parametrize("name, found", [
