@@ -397,7 +397,7 @@ def cover(rgb, size):
     centre out."""
     (H0, W0), (H, W) = rgb.shape[:2], size
     scale = min(H0 / H, W0 / W)     # source pixels per result pixel
-    top, left = int((H0 - H * scale) / 2), int((W0 - W * scale) / 2)     # whole: scale 1 stays exact
+    top, left = int((H0 - H * scale) / 2), int((W0 - W * scale) / 2)    # whole: scale 1 stays exact
     box = (left, top, min(left + W * scale, W0), min(top + H * scale, H0))
     return np.asarray(Image.fromarray(rgb).resize((W, H), Image.BILINEAR, box=box))
 
@@ -749,7 +749,9 @@ def read_json(file):
     """The object, a dict, in a JSON file."""
     try:
         content = json.loads(Path(file).read_text("utf-8"))
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); fetch it again") from None
+    except ValueError as error:
         raise UserError(f"{file} is damaged ({explain(error)}); fetch it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{file} is damaged (no JSON object); fetch it again")

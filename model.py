@@ -163,8 +163,11 @@ class FiffDepth(nn.Module):
         temporary = path / ".saving"  # inside: on the same file system, whatever path is
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        for name, net in (("vae", self.vae), ("unet", self.unet)):
-            save_network(net, temporary / name, dtype)
+        for folder, net in ((temporary / "vae", self.vae), (temporary / "unet", self.unet)):
+            net.register_to_config(_name_or_path="")  # where it was read from is nobody's business
+            net.save_config(folder)
+            save_file({k: v.to(dtype or v.dtype).contiguous() for k, v in net.state_dict().items()},
+                      folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
         DDPMScheduler.from_config(
             self.scheduler.config, prediction_type="v_prediction"
         ).save_pretrained(temporary / "scheduler")
@@ -208,15 +211,13 @@ class Teacher(nn.Module):
             raise UserError(f"{path_or_id}: no preprocessor_config.json; --teacher wants a depth "
                             "model saved with its image processor")
         config = read_json(file)
-        if isinstance(config.get("size"), int):  # older processors: n means n x n
-            config["size"] = {"height": config["size"], "width": config["size"]}
-        if not isinstance(config.get("size"), dict) or not {"height", "width"} <= set(
-                config["size"]):
-            raise UserError(f"{path_or_id}: its preprocessor_config.json has no size by height and "
-                            "width")
-        if not {"image_mean", "image_std"} <= set(config):
-            raise UserError(f"{path_or_id}: its preprocessor_config.json has no image_mean and "
-                            "image_std")
+        size = config.get("size")
+        if isinstance(size, int):  # older processors: n means n x n
+            size = config["size"] = {"height": size, "width": size}
+        if not (isinstance(size, dict) and {"height", "width"} <= set(size)
+                and {"image_mean", "image_std"} <= set(config)):
+            raise UserError(f"{path_or_id}: its preprocessor_config.json lacks image_mean, "
+                            "image_std, or a size by height and width")
         net = load(AutoModelForDepthEstimation, folder, dtype=dtype)
         if (net.config.model_type in METRIC_NETWORKS
                 or getattr(net.config, "depth_estimation_type", "relative") != "relative"):
@@ -372,28 +373,32 @@ def download(hub_id):
 
 
 def weight_files(folder):
-    return [f.name for f in Path(folder).iterdir()
-            if f.suffix in (".safetensors", ".bin") and "model" in f.name]
+    """Names of the weights in a folder: safetensors, or else .bin."""
+    names = [f.name for f in Path(folder).iterdir() if "model" in f.name]
+    return ([name for name in names if name.endswith(".safetensors")]
+            or [name for name in names if name.endswith(".bin")])
 
 
-def variant(folder):
-    """What diffusers and transformers call a variant, where all weights of a folder are of one:
-    "fp16" for model.fp16.safetensors; None when plain ones are there."""
-    names = [name.split(".") for name in weight_files(folder)]
-    marks = sorted(parts[1].split("-")[0] for parts in names if len(parts) > 2)
-    return marks[0] if marks and len(marks) == len(names) else None
+def variant(names):
+    """What diffusers and transformers call a variant, where all weights are of one: "fp16" for
+    model.fp16.safetensors; None when plain ones are there."""
+    marks = sorted(name.split(".")[1].split("-")[0] for name in names if name.count(".") > 1)
+    return marks[0] if len(marks) == len(names) else None
 
 
 def load(network, folder, **options):
     """network.from_pretrained(folder), with every weight found in the file.
 
     A weight that is missing would stay whatever was in memory, and the maps would be nonsense."""
+    names = weight_files(folder)
+    if not names:
+        raise UserError(f"{folder}: no weights in it (no *model*.safetensors); fetch them again")
     if issubclass(network, diffusers.ModelMixin):
         options |= {"low_cpu_mem_usage": False}  # the default wants another package
     try:
         net, found = network.from_pretrained(
-            folder, variant=variant(folder), local_files_only=True, output_loading_info=True,
-            ignore_mismatched_sizes=True, **options)
+            folder, variant=variant(names), use_safetensors=names[0].endswith(".safetensors"),
+            local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be loaded as {network.__name__} "
                         f"({explain(error)})") from None
@@ -469,21 +474,11 @@ def read_prompt(folder, width):
     return prompt
 
 
-def save_network(net, folder, dtype):
-    """save_pretrained of diffusers, with the weights in another precision if `dtype` says so."""
-    net.register_to_config(_name_or_path="")  # where it was read from is nobody's business
-    if dtype is None:
-        return net.save_pretrained(folder)
-    net.save_config(folder)
-    save_file({k: v.to(dtype).contiguous() for k, v in net.state_dict().items()},
-              folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-
-
 def read_info(folder):
     """What inference needs to know, from a checkpoint's JSON, once all its files have the checksums
     that stand there: one that is damaged, or of another checkpoint, must never give a map."""
     file = folder / INFO_FILE
-    if not file.exists():
+    if not file.exists() and not (folder / PROMPT_FILE).exists():
         return AUTHORS_INFO
     info = read_json(file)
     for name, value in info.pop("crc32", {}).items():

@@ -855,7 +855,7 @@ class TestModel:
     def test_a_cache_without_the_weights_is_one_sentence(self, offline, base):
         (unsealed(base) / "unet" / WEIGHTS).unlink()
         offline("org/name", base)
-        assert "cannot be loaded" in refused(UserError, FiffDepth.from_pretrained, "org/name")
+        assert "/unet: no weights in it" in refused(UserError, FiffDepth.from_pretrained, "org/name")
 
     def test_a_repository_that_left_the_hub_names_its_mirror(self, monkeypatch):
         import huggingface_hub
@@ -907,7 +907,8 @@ class TestModel:
         (lambda f: [shutil.rmtree(f / p) for p in ("unet", "vae", "scheduler")]
          + [x.unlink() for x in f.iterdir()], "(found: nothing)"),
         (lambda f: shutil.rmtree(f / "vae"), "no autoencoder in it (vae/config.json is missing)"),
-        (lambda f: (f / "vae" / WEIGHTS).unlink(), "/vae: cannot be loaded as AutoencoderKL"),
+        (lambda f: (f / "vae" / WEIGHTS).unlink(), "/vae: no weights in it"),
+        (lambda f: (f / INFO_FILE).unlink(), "fiffdepth.json cannot be read (No such file"),
         (lambda f: put(f, "unet/" + WEIGHTS, b"text"), "/unet: cannot be loaded as UNet2DCond"),
         (lambda f: put(f, "unet/config.json", b"{"), "unet/config.json is damaged"),
         (lambda f: put(f, "unet/config.json", b"[]"), "unet/config.json is damaged"),
@@ -1082,7 +1083,7 @@ class TestTeacher:
         (lambda f: edit_weights(f / "model.safetensors", reshape("head.conv1.weight")),
          "1 weights are missing or of another shape, the first is head.conv1.weight"),
         (lambda f: put(f, "model.safetensors", b"text"), "cannot be loaded as AutoModelForDepth"),
-        (lambda f: (f / "model.safetensors").unlink(), "cannot be loaded as AutoModelForDepth"),
+        (lambda f: (f / "model.safetensors").unlink(), "no weights in it"),
         (lambda f: edit_json(f / "config.json", model_type="clip"), "cannot be loaded as AutoModel"),
         (lambda f: edit_json(f / "config.json", depth_estimation_type="metric", max_depth=20),
          "predicts metric depth; --teacher wants relative disparity"),
@@ -1093,10 +1094,9 @@ class TestTeacher:
          "no preprocessor_config.json; --teacher wants a depth model saved with its image proc"),
         (lambda f: put(f, "preprocessor_config.json", b"{"), "preprocessor_config.json is damaged"),
         (lambda f: edit_json(f / "preprocessor_config.json", size={"shortest_edge": 384}),
-         "has no size by height and width"),
-        (lambda f: edit_json(f / "preprocessor_config.json", size=None), "has no size by height"),
-        (lambda f: edit_json(f / "preprocessor_config.json", image_std=None),
-         "has no image_mean and image_std"),
+         "preprocessor_config.json lacks image_mean, image_std, or a size by height and width"),
+        (lambda f: edit_json(f / "preprocessor_config.json", size=None), "config.json lacks image"),
+        (lambda f: edit_json(f / "preprocessor_config.json", image_std=None), "lacks image_mean"),
     ])
     def test_folders_that_are_no_teacher(self, teacher_folder, change, words):
         change(teacher_folder)
