@@ -193,7 +193,7 @@ def to_rgb(image):
 
 
 def png16(data):
-    """16-bit grey PNG -> float32 [H, W] in the file's unit. Eight bits: a preview, not the depth."""
+    """16-bit grey PNG -> float32 [H, W] in the file's unit. 8 bits are a preview, not the depth."""
     image = load(data, "depth")
     if image.mode not in ("I;16", "I;16B", "I"):
         raise BadFrame(f"depth is {image.mode}, not 16-bit grey")
@@ -442,10 +442,10 @@ def read_list(path, names, rows):
 
 def own_layout(row, store, source):
     """The row of your own pairs, with the unit and the range that pairs.json states."""
-    example = '{"kind": "depth", "unit": 0.001, "near": 0.1, "far": 80}'
     wanted = (f"{source}: your own maps need a file pairs.json beside image/ and depth/ (or beside "
-              f"the list) that says what their values are: {example}, where depth in metres = value "
-              "x unit, or, of the kind \"disparity\", 1 / (value x unit)")
+              'the list) that says what their values are: {"kind": "depth", "unit": 0.001, "near": '
+              '0.1, "far": 80}, where depth in metres = value x unit, or, of the kind "disparity", '
+              "1 / (value x unit)")
     if "pairs.json" not in store:
         raise UserError(wanted)
     try:

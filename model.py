@@ -398,7 +398,8 @@ def load(network, folder, **options):
     try:
         net, found = network.from_pretrained(
             folder, variant=variant(names), use_safetensors=names[0].endswith(".safetensors"),
-            local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+            local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
+            **options)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be loaded as {network.__name__} "
                         f"({explain(error)})") from None
@@ -408,8 +409,8 @@ def load(network, folder, **options):
         unknown = sorted(found["unexpected_keys"])
         instead = f", there is {unknown[0]} instead" if unknown else ""
         raise UserError(f"{folder}: {len(wrong)} weights are missing or of another shape, the "
-                        f"first is {wrong[0]}{instead}; save the bare network, outside any wrapper, "
-                        "or fetch it again")
+                        f"first is {wrong[0]}{instead}; save the bare network, outside any "
+                        "wrapper, or fetch it again")
     return net
 
 
