@@ -77,10 +77,13 @@ class Store:
     def __init__(self, root, shards=False):
         self.root, self.cut = Path(root), []
         self.places = {}            # name -> (file, offset, bytes) in a .tar; None: a file itself
-        for name in walk(root) if self.root.is_dir() else ("",):
-            if not name or shards and name.endswith(".tar"):
+        if self.root.is_file():
+            self.places = self.members(self.root)
+            return
+        for name in walk(self.root):
+            if shards and name.endswith(".tar"):
                 members = self.members(self.root / name)
-                self.places |= {f"{name}/{m}" if name else m: members[m] for m in members}
+                self.places |= {f"{name}/{member}": place for member, place in members.items()}
             else:
                 self.places[name] = None
 
@@ -125,8 +128,8 @@ class Store:
 
     def stamp(self, name):
         """Size and time of the file on disk that holds it: another stamp, other content."""
-        file = (self.places.get(name) or [self.root / name])[0]
-        return [os.stat(file).st_size, os.stat(file).st_mtime_ns]
+        found = os.stat((self.places.get(name) or [self.root / name])[0])
+        return [found.st_size, found.st_mtime_ns]
 
 
 def open_root(name, path, shards=False, flag="--data"):
@@ -437,7 +440,7 @@ def read_list(path, names, rows):
             others = (other for other in in_other_words(line, fields[0]) if other in names)
             rgb, depth = next(((other, None) for other in others), (rgb, depth))
         frames.append(Frame(rgb, depth))
-    return list(dict.fromkeys(frames))              # a frame listed twice counts once
+    return frames
 
 
 def own_layout(row, store, source):
@@ -494,12 +497,11 @@ class FrameSet(Dataset):
             raise self.misfit(rows, list_file or "the root", candidates)
         self.layout = own_layout(fits[0], self.store, self.source) if name == "pairs" else fits[0]
         found = listed or [Frame(n, None) for n in names if re.fullmatch(fits[0].rgb, n)]
-        frames = [self.with_partner(frame) for frame in found][:cap]
-        absent = [self.lacks(frame) for frame in frames]
+        frames = list(dict.fromkeys(map(self.with_partner, found)))[:cap]   # each counts once
+        absent = {frame: self.lacks(frame) for frame in frames}
         self.wanted = [frame.rgb for frame in frames]
-        self.frames = [frame for frame, lacked in zip(frames, absent) if not lacked]
-        self.missing = [f"{name}/{frame.rgb}: no {lacked}"
-                        for frame, lacked in zip(frames, absent) if lacked]
+        self.frames = [frame for frame in frames if not absent[frame]]
+        self.missing = [f"{name}/{f.rgb}: no {absent[f]}" for f in frames if absent[f]]
         self.missing += [f"{name}/{line}" for line in self.store.cut]
         if not self.frames:
             raise self.misfit(rows, f"the root ({self.missing[0]})", names)
@@ -510,6 +512,7 @@ class FrameSet(Dataset):
     def misfit(self, rows, where, found):
         expected = ", or ".join(row.what for row in rows)
         more = f" and {len(found) - 1} more" if found[1:] else ""
+        more += "".join(f"; {line}" for line in self.store.cut[:1])
         return UserError(f"{self.source}: expected {expected}; "
                          f"found in {where}: {found[0] if found else 'no files'}{more}")
 
@@ -519,7 +522,8 @@ class FrameSet(Dataset):
         if frame.depth and self.layout.depth or not match:
             return frame
         names = [match.expand(name) for name in self.layout.depth]
-        return Frame(frame.rgb, next((n for n in names if n in self.store), (names or [None])[0]))
+        there = [name for name in names if name in self.store]
+        return Frame(frame.rgb, (there or names or [None])[0])
 
     def lacks(self, frame):
         """What of a frame is not there, or None; its name, when it is not as the layout's."""
@@ -669,15 +673,16 @@ class MixedBatches(Dataset):
         period, n = divmod(m, len(self.order))
         k = self.order[n]
         turn = period * self.order.count(k) + self.order[:n].count(k)  # batches of set k before m
-        batch = MicroBatch([], [], [], [])
-        for frames, half, turn in ((self.synthetic[k], batch.synthetic, turn),
-                                   (self.real, batch.real, m)):
-            if frames is not None:
-                half += [self.pick(frames, turn * self.micro + j, batch) for j in range(self.micro)]
-        return batch
+        names, bad = [], []
+        synthetic = [self.pick(self.synthetic[k], turn * self.micro + j, names, bad)
+                     for j in range(self.micro)]
+        real = [self.pick(self.real, m * self.micro + j, names, bad)
+                for j in range(self.micro)] if self.real else []
+        return MicroBatch(synthetic, real, names, bad)
 
-    def pick(self, frames, position, batch):
-        """The position-th frame of a set: every frame once per epoch, in a new order each time."""
+    def pick(self, frames, position, names, bad):
+        """The position-th frame of a set: every frame once per epoch, in a new order each time.
+        Adds its name to `names`, and those that could not be used before it to `bad`."""
         key = zlib.crc32(frames.name.encode())
         epoch, place = divmod(position, len(frames))
         rng = np.random.default_rng((self.seed, key, 1, position))
@@ -687,12 +692,12 @@ class MixedBatches(Dataset):
             name = f"{frames.name}/{frames.frames[i].rgb}"
             try:
                 item = self.load(frames, int(i), flip)
-                batch.names.append(name)
+                names.append(name)
                 return item
             except BadFrame as error:
-                batch.bad.append(f"{name}: {error}")
+                bad.append(f"{name}: {error}")
         raise UserError(f"{frames.source}: {TRIES + 1} unusable frames in a "
-                        f"row, the last is {batch.bad[-1]}; check the files")
+                        f"row, the last is {bad[-1]}; check the files")
 
 
 def check_bad(bad, total, max_bad):

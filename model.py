@@ -30,6 +30,7 @@ from torch import nn
 from data import UserError, explain, open_to_others, read_json, replacing
 
 PROMPT_FILE, INFO_FILE = "empty_prompt.safetensors", "fiffdepth.json"
+VAE_CONFIGS = ("vae/config.json", "config.json")  # in a pipeline's folder, and on its own
 # A folder without our JSON is read as the paper's authors lay theirs out: depth, not disparity, 768
 # pixels.
 AUTHORS_INFO = {"target": "depth", "size": 768}
@@ -282,8 +283,9 @@ def choose_dtype(name, device, training=False):
     if device.startswith("cuda"):
         if not training:
             return torch.float16
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float32
-    faster = device == "cpu" and cpu_speedup(torch.bfloat16) > 1.2
+        faster = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        faster = device == "cpu" and cpu_speedup(torch.bfloat16) > 1.2
     return torch.bfloat16 if faster else torch.float32
 
 
@@ -319,8 +321,6 @@ def cpu_speedup(dtype):
 
 # ------------------------------------------------------------ reading folders and hub ids
 
-VAE_CONFIGS = ("vae/config.json", "config.json")  # in a pipeline's folder, and on its own
-
 
 def fetch(path_or_id, needed, what):
     """A folder, or a hub id -> the local folder.
@@ -348,7 +348,7 @@ def download(hub_id):
     from huggingface_hub.errors import (HfHubHTTPError, HFValidationError,
                                         LocalEntryNotFoundError)
 
-    parts = ["", "unet/", "vae/", "text_encoder/"]
+    parts = ["unet/", "vae/", "text_encoder/", ""]
     variants = ["*.fp16.*", "*.fp16-*", "*.bf16.*", "*non_ema*"]
     try:
         for ending, unwanted in (("safetensors", variants), ("safetensors", ["*non_ema*"]),
@@ -358,8 +358,8 @@ def download(hub_id):
             folder = Path(snapshot_download(
                 hub_id, allow_patterns=["*.json", "*.txt", PROMPT_FILE, *weights],
                 ignore_patterns=unwanted))
-            if all(weight_files(folder / part) for part in parts
-                   if (folder / part / "config.json").exists()):
+            there = [part for part in parts if (folder / part / "config.json").exists()]
+            if all(weight_files(folder / part) for part in there if part or there == [""]):
                 break
     except LocalEntryNotFoundError:
         raise UserError(f"{hub_id}: no such folder; as a hub id it is not in the cache, and the "

@@ -586,7 +586,7 @@ class TestModel:
         model, z = tiny_model(), torch.randn(1, 4, 4, 6)
         assert torch.equal(model.decode(z, (13, 22)), model.decode(z)[..., :13, :22])
 
-    @pytest.mark.parametrize("size", [(1, 1), (7, 5), (33, 500), (256, 256)])
+    @pytest.mark.parametrize("size", [(1, 1), (7, 5), (33, 500), (512, 512)])
     def test_any_size_and_bit_for_bit(self, size):
         model, rgb = tiny_model(), random_rgb(*size)
         out = model(rgb)
@@ -804,6 +804,7 @@ class TestModel:
 
     def test_of_a_hub_repository_only_what_is_read_is_fetched(self, hub, base):
         hub.folders["sd/two"] = unsealed(base)
+        put(base, "config.json", b"{}")                     # some have one, for nothing
         needed = {f.relative_to(base).as_posix() for f in base.rglob("*") if f.is_file()}
         for name in ("sd-v2.ckpt", "sd-v2.safetensors", "unet/diffusion_pytorch_model.bin",
                      "unet/diffusion_pytorch_model.fp16.safetensors",
@@ -897,7 +898,7 @@ class TestModel:
          "/unet: 1 weights are missing or of another shape, the first is conv_out.weight; save"),
         (lambda f: edit_weights(f / "vae" / WEIGHTS, drop("encoder.conv_in.bias",
                                                           "encoder.conv_in.weight")),
-         "/vae: 2 weights are missing or of another shape, the first is encoder.conv_in.bias; save"),
+         "/vae: 2 weights are missing or of another shape, the first is encoder.conv_in.bias;"),
         (lambda f: edit_weights(f / "unet" / WEIGHTS, prefix("module.")), "conv_in.bias, there is "
          "module.conv_in.bias instead; save the bare network, outside any wrapper, or fetch it"),
         (lambda f: edit_weights(f / "vae" / WEIGHTS, prefix("_orig_mod.")), "_orig_mod.decoder."),
@@ -983,7 +984,7 @@ class TestModel:
         ("cuda", True, True, torch.bfloat16), ("cuda", True, False, torch.float32),
         ("mps", False, False, torch.float32), ("mps", True, False, torch.float32)])
     def test_precision_of_accelerators(self, monkeypatch, device, training, bf16, expected):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: bf16)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bf16)
         assert choose_dtype("auto", device, training) == expected
 
     def test_a_named_precision_is_not_measured(self, cpu):
@@ -1489,7 +1490,10 @@ class TestData:
         frames = FrameSet("photos", root, size=(20, 20))
         assert len(frames) == 2
         if content:                                         # an empty file is an empty .tar
-            assert "00001.tar: cut off or damaged after 0 files" in frames.missing[0]
+            words = "00001.tar: cut off or damaged after 0 files"
+            assert words in frames.missing[0]
+            (root / "00000.tar").unlink()
+            assert words in refused(UserError, FrameSet, "photos", root)
 
     def test_photos_any_folder(self, tmp_path):
         root = tmp_path / "p"
@@ -1511,6 +1515,7 @@ class TestData:
     @pytest.mark.parametrize("lines, names, missing", [
         ("rgb_00002.png depth_00002.png 721.5\nrgb_00000.png None 721.5\n", [2], []),
         ("rgb_00001.png depth_00001.png\nrgb_00001.png depth_00001.png\n", [1], []),
+        ("rgb_00001.png depth_00001.png 9\nrgb_00001.png\n", [1], []),
         ("rgb_00002.png\nrgb_00000.png\n", [2, 0], []),                    # partners go by name
         ("# a comment\n\nrgb_00000.png depth_00000.png\n", [0], []),
         ("\ufeffrgb_00000.png depth_00000.png\r\n", [0], []),             # Windows
