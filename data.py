@@ -21,7 +21,7 @@ import sys
 import tarfile
 import zlib
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -67,101 +67,75 @@ def walk(root):
         yield from ((inside / f).as_posix() for f in files if not f.startswith("."))
 
 
-class Tar:
-    """The files of an uncompressed .tar, read in place: one pass for the index, then seek.
+class Store:
+    """The files of a set: below a folder, or in an uncompressed .tar, which is read in place.
 
-    .cut: why the index ends early, where the file does; what lies before the cut is used
+    `shards` looks into a folder's .tar files too: `00000.tar/00000.jpg`.
+    .cut  "file: reason" of each .tar that ends early; what lies before the cut is used
     """
 
-    def __init__(self, path):
-        self.path, self.index, self.cut = Path(path), {}, None     # name -> (offset, bytes)
+    def __init__(self, root, shards=False):
+        self.root, self.cut = Path(root), []
+        self.places = {}            # name -> (file, offset, bytes) in a .tar; None: a file itself
+        if self.root.is_file():
+            self.places = self.members(self.root)
+            return
+        for name in walk(self.root):
+            if shards and name.endswith(".tar"):
+                members = self.members(self.root / name)
+                self.places |= {f"{name}/{member}": place for member, place in members.items()}
+            else:
+                self.places[name] = None
+
+    def members(self, tar):
+        """The index of a .tar, in one pass: name -> (file, offset, bytes)."""
+        found = {}
         try:
-            with tarfile.open(path, "r:") as tar:
-                for member in tar:
+            with tarfile.open(tar, "r:") as members:
+                for member in members:
                     name = member.name.removeprefix("./")      # `tar -cf x.tar .` writes ./name
-                    if member.offset_data + member.size > os.path.getsize(path):
+                    first = member.linkname.removeprefix("./")
+                    if member.offset_data + member.size > os.path.getsize(tar):
                         raise tarfile.ReadError("unexpected end of data")
                     if member.isreg():
-                        self.index[name] = member.offset_data, member.size
-                    elif member.islnk():                       # a second name of an earlier file
-                        first = member.linkname.removeprefix("./")
-                        self.index[name] = self.index.get(first, (0, 0))
+                        found[name] = tar, member.offset_data, member.size
+                    elif member.islnk() and first in found:    # a second name of an earlier file
+                        found[name] = found[first]
         except (tarfile.TarError, OSError) as error:
-            if not self.index:
-                raise UserError(f"{path} is not an uncompressed .tar ({explain(error)}): fetch it "
+            if tar == self.root and not found:
+                raise UserError(f"{tar} is not an uncompressed .tar ({explain(error)}): fetch it "
                                 "again or unpack it into a folder") from error
-            self.cut = explain(error)
+            self.cut.append(f"{tar.name}: cut off or damaged after {len(found)} files "
+                            f"({explain(error)})")
+        return {name: found[name] for name in found if not re.search(r"(^|/)\.", name)}
 
     def names(self):
-        return sorted(name for name in self.index if not re.search(r"(^|/)\.", name))
+        return sorted(self.places)
 
     def __contains__(self, name):
-        return name in self.index
+        return name in self.places or (self.root / name).is_file()     # a list may lead elsewhere
 
     def read(self, name):
-        if name not in self.index:
-            raise BadFrame(f"{name} is not in {self.path.name}")
-        offset, size = self.index[name]
+        file, offset, size = self.places.get(name) or (self.root / name, 0, -1)
         try:
-            with open(self.path, "rb") as file:     # opened per read: workers share no position
-                file.seek(offset)
-                return file.read(size)
-        except OSError as error:
-            raise BadFrame(f"{self.path} cannot be read ({error.strerror})") from error
-
-    def file(self, name):
-        """The file on disk that holds it."""
-        return self.path
-
-
-class Folder:
-    """The files below a folder; `shards` looks into its .tar files too: `00000.tar/00000.jpg`."""
-
-    def __init__(self, root, shards=False):
-        self.root, self.shards, self.tars = Path(root), shards, {}
-
-    def names(self):
-        found = []
-        for name in walk(self.root):
-            if self.shards and name.endswith(".tar"):
-                self.tars[name] = Tar(self.root / name)
-                found += [f"{name}/{member}" for member in self.tars[name].names()]
-            else:
-                found.append(name)
-        return sorted(found)
-
-    def __contains__(self, name):
-        tar, member = self.shard(name)
-        return member in tar if tar else (self.root / name).is_file()
-
-    def shard(self, name):
-        """The .tar that a name lies in, and its name there; (None, name) for a file."""
-        stem, _, member = name.partition(".tar/")
-        tar = self.tars.get(f"{stem}.tar")
-        return (tar, member) if tar else (None, name)
-
-    def read(self, name):
-        tar, member = self.shard(name)
-        if tar:
-            return tar.read(member)
-        try:
-            return (self.root / name).read_bytes()
-        except FileNotFoundError as error:
+            with open(file, "rb") as f:             # opened per read: workers share no position
+                f.seek(offset)
+                return f.read(size)
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise BadFrame(f"no {name}") from error
         except OSError as error:
             raise BadFrame(f"{name} cannot be read ({error.strerror})") from error
 
-    def file(self, name):
-        tar, _ = self.shard(name)
-        return tar.path if tar else self.root / name
+    def stamp(self, name):
+        """Size and time of the file on disk that holds it: another stamp, other content."""
+        found = os.stat((self.places.get(name) or [self.root / name])[0])
+        return [found.st_size, found.st_mtime_ns]
 
 
 def open_root(name, path, shards=False, flag="--data"):
     """The root of a set, a folder or a .tar, to read from; `flag` named it."""
-    if path.is_dir():
-        return Folder(path, shards)
-    if path.is_file() and path.suffix.lower() == ".tar":
-        return Tar(path)
+    if path.is_dir() or path.is_file() and path.suffix.lower() == ".tar":
+        return Store(path, shards)
     found = "another kind of file" if path.exists() else f"nothing there{remedy(name, path)}"
     raise UserError(f"{flag} {name}={path}: expected a folder or a .tar file, found {found}")
 
@@ -222,7 +196,7 @@ def to_rgb(image):
 
 
 def png16(data):
-    """16-bit grey PNG -> float32 [H, W] in the file's unit. Eight bits: a preview, not the depth."""
+    """16-bit grey PNG -> float32 [H, W] in the file's unit. 8 bits are a preview, not the depth."""
     image = load(data, "depth")
     if image.mode not in ("I;16", "I;16B", "I"):
         raise BadFrame(f"depth is {image.mode}, not 16-bit grey")
@@ -351,7 +325,7 @@ SETS = (
            r"(.*/)?rgb_([^/]+)\.png", (r"\1depth_\2.png",), mm, near=1e-3, far=40.0),
     Layout("pairs", "your own pictures and maps (image/x.jpg with depth/x.png, .npy or .tif, and "
            "pairs.json, which says the unit)",
-           r"(.*/)?image/(.+)\." + SUFFIXES.replace(r"\.", ""),
+           r"(.*/)?image/(.+)" + SUFFIXES,
            tuple(rf"\1depth/\2.{kind}" for kind in ("png", "npy", "tif", "tiff"))),
     Layout("photos", "pictures (" + " ".join(IMAGE_SUFFIXES) + "), in sub-folders or .tar shards "
            "if you like", ".+" + SUFFIXES),
@@ -426,7 +400,7 @@ def cover(rgb, size):
     centre out."""
     (H0, W0), (H, W) = rgb.shape[:2], size
     scale = min(H0 / H, W0 / W)     # source pixels per result pixel
-    top, left = int((H0 - H * scale) / 2), int((W0 - W * scale) / 2)     # whole: scale 1 stays exact
+    top, left = int((H0 - H * scale) / 2), int((W0 - W * scale) / 2)    # whole: scale 1 stays exact
     box = (left, top, min(left + W * scale, W0), min(top + H * scale, H0))
     return np.asarray(Image.fromarray(rgb).resize((W, H), Image.BILINEAR, box=box))
 
@@ -438,63 +412,60 @@ def nearest(array, size):
 
 
 def read_list(path, names, rows):
-    """List file in Marigold's form, `rgb [depth [more]]` per line -> [Frame]; `None` = no depth.
+    """List file in Marigold's form, `rgb [depth [more]]` per line -> [Frame].
 
     A line may be one name, blanks and all. Leading folders of the list that the root has not, such
-    as its own name, are dropped; lines that begin with # are not read.
+    as its own name, are dropped. Not read: lines that begin with #, and those whose depth is None.
     """
     def locate(name):
         parts = name.removeprefix("./").split("/")
         tails = ("/".join(parts[k:]) for k in range(len(parts)))
         return next((tail for tail in tails if tail in names), "/".join(parts))
 
-    def also_known_as(name):
-        """The name in this root of a picture that the list knows by another release's."""
-        matches = ((row, re.fullmatch(row.listed[0], name)) for row in rows if row.listed)
-        found = (locate(match.expand(row.listed[1])) for row, match in matches if match)
-        return next((other for other in found if other in names), None)
+    def in_other_words(line, name):
+        """The root's names of a picture with blanks, or that the list names as another release."""
+        if len(locate(line).split()) == len(line.split()):      # all of it, no last name of several
+            yield locate(line)
+        for row in rows:
+            if row.listed and (match := re.fullmatch(row.listed[0], name)):
+                yield locate(match.expand(row.listed[1]))
 
     frames = []
     for line in Path(path).read_text("utf-8-sig", errors="replace").splitlines():
         line, fields = line.strip(), line.split()
         if not fields or line[0] == "#" or fields[1:2] == ["None"]:
             continue
-        whole, first = locate(line), locate(fields[0])
-        if whole in names:
-            frames.append(Frame(whole, None))
-        elif first not in names and (other := also_known_as(fields[0])):
-            frames.append(Frame(other, None))
-        else:
-            frames.append(Frame(first, locate(fields[1]) if fields[1:] else None))
-    return list(dict.fromkeys(frames))              # a frame listed twice counts once
-
-
-PAIRS = {"unit", "near", "far", "kind"}             # what pairs.json says
+        rgb, depth = locate(fields[0]), locate(fields[1]) if fields[1:] else None
+        if rgb not in names:
+            others = (other for other in in_other_words(line, fields[0]) if other in names)
+            rgb, depth = next(((other, None) for other in others), (rgb, depth))
+        frames.append(Frame(rgb, depth))
+    return frames
 
 
 def own_layout(row, store, source):
     """The row of your own pairs, with the unit and the range that pairs.json states."""
-    example = '{"kind": "depth", "unit": 0.001, "near": 0.1, "far": 80}'
     wanted = (f"{source}: your own maps need a file pairs.json beside image/ and depth/ (or beside "
-              f"the list) that says what their values are: {example}, where depth in metres = value "
-              "x unit, or, of the kind \"disparity\", 1 / (value x unit)")
+              'the list) that says what their values are: {"kind": "depth", "unit": 0.001, "near": '
+              '0.1, "far": 80}, where depth in metres = value x unit, or, of the kind "disparity", '
+              "1 / (value x unit)")
     if "pairs.json" not in store:
         raise UserError(wanted)
     try:
         told = json.loads(store.read("pairs.json"))
         kind, unit, near, far = (told[k] for k in ("kind", "unit", "near", "far"))
         good = kind in ("depth", "disparity") and unit > 0 and 0 <= near < far
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, BadFrame):
         good = False
     if not good:
         raise UserError(f"{wanted}; this one does not")
+    return row._replace(load=partial(own_metres, kind=kind, unit=unit), near=near, far=far)
 
-    def metres(store, name):
-        values = own_map(store.read(name), name) * np.float32(unit)
-        with np.errstate(divide="ignore"):
-            return values if kind == "depth" else np.where(values > 0, 1 / values, 0)
 
-    return row._replace(load=metres, near=near, far=far)
+def own_metres(store, name, kind, unit):
+    values = own_map(store.read(name), name) * np.float32(unit)
+    with np.errstate(divide="ignore"):
+        return values if kind == "depth" else np.where(values > 0, 1 / values, 0)
 
 
 class FrameSet(Dataset):
@@ -515,26 +486,25 @@ class FrameSet(Dataset):
         self.name, self.path, self.space, self.flag = name, Path(path), space, flag
         rows = [row for row in rows if row.name == name]
         self.store = open_root(name, self.path, not rows[0].depth, flag)
-        names = set(self.store.names())
-        listed = list_file and read_list(list_file, names, rows)
-        candidates = [f.rgb for f in listed] if list_file else sorted(names)
-        fits = [row for row in rows if any(re.fullmatch(row.rgb, n) for n in candidates)]
+        names = self.store.names()
+        listed = read_list(list_file, set(names), rows) if list_file else None
+        candidates = names if listed is None else [frame.rgb for frame in listed]
+        there = [rgb for rgb in candidates if rgb in self.store] or candidates
+        fits = [row for row in rows if any(re.fullmatch(row.rgb, rgb) for rgb in there)]
         if name == "pairs" and listed:
             fits = rows             # a list of one's own may name any files
         if not fits:
             raise self.misfit(rows, list_file or "the root", candidates)
         self.layout = own_layout(fits[0], self.store, self.source) if name == "pairs" else fits[0]
-        found = listed or [Frame(n, None) for n in sorted(names) if re.fullmatch(fits[0].rgb, n)]
-        frames = [frame if frame.depth else self.with_partner(frame.rgb) for frame in found][:cap]
+        found = listed or [Frame(n, None) for n in names if re.fullmatch(fits[0].rgb, n)]
+        frames = list(dict.fromkeys(map(self.with_partner, found)))[:cap]   # each counts once
         absent = {frame: self.lacks(frame) for frame in frames}
         self.wanted = [frame.rgb for frame in frames]
         self.frames = [frame for frame in frames if not absent[frame]]
         self.missing = [f"{name}/{f.rgb}: no {absent[f]}" for f in frames if absent[f]]
-        tars = [self.store, *getattr(self.store, "tars", {}).values()]
-        self.missing += [f"{name}/{tar.path.name}: what follows {len(tar.index)} files is missing "
-                         f"({tar.cut})" for tar in tars if getattr(tar, "cut", None)]
+        self.missing += [f"{name}/{line}" for line in self.store.cut]
         if not self.frames:
-            raise self.misfit(rows, f"the root ({self.missing[0]})", sorted(names))
+            raise self.misfit(rows, f"the root ({self.missing[0]})", names)
         self.keep = size is None and self.layout.size is None
         first = self.probe()        # now: a missing h5py must not wait for a worker
         self.size = size or self.layout.size or first
@@ -542,14 +512,18 @@ class FrameSet(Dataset):
     def misfit(self, rows, where, found):
         expected = ", or ".join(row.what for row in rows)
         more = f" and {len(found) - 1} more" if found[1:] else ""
+        more += "".join(f"; {line}" for line in self.store.cut[:1])
         return UserError(f"{self.source}: expected {expected}; "
                          f"found in {where}: {found[0] if found else 'no files'}{more}")
 
-    def with_partner(self, rgb):
-        """A picture and the depth that its name leads to."""
-        match = re.fullmatch(self.layout.rgb, rgb)
-        names = [match.expand(name) for name in self.layout.depth] if match else []
-        return Frame(rgb, next((n for n in names if n in self.store), names[0] if names else None))
+    def with_partner(self, frame):
+        """A picture and its depth: the list's, or the one that the picture's name leads to."""
+        match = re.fullmatch(self.layout.rgb, frame.rgb)
+        if frame.depth and self.layout.depth or not match:
+            return frame
+        names = [match.expand(name) for name in self.layout.depth]
+        there = [name for name in names if name in self.store]
+        return Frame(frame.rgb, (there or names or [None])[0])
 
     def lacks(self, frame):
         """What of a frame is not there, or None; its name, when it is not as the layout's."""
@@ -557,7 +531,9 @@ class FrameSet(Dataset):
             return frame.rgb
         if self.name != "pairs" and not re.fullmatch(self.layout.rgb, frame.rgb):
             return f"picture named like {self.layout.what}"
-        return None if frame.depth is None or frame.depth in self.store else frame.depth
+        if self.layout.depth and not (frame.depth and frame.depth in self.store):
+            return frame.depth or "depth map for it in the list"
+        return None
 
     def probe(self):
         """(H, W) of the first frame that can be read."""
@@ -584,8 +560,7 @@ class FrameSet(Dataset):
 
     def stamp(self, i):
         """Names, sizes and times of a frame's files: other files are another frame."""
-        files = [self.store.file(name).stat() for name in self.frames[i] if name]
-        return [*self.frames[i], *((s.st_size, s.st_mtime_ns) for s in files)]
+        return [*self.frames[i], *(self.store.stamp(name) for name in self.frames[i] if name)]
 
     def read(self, i):
         """-> rgb uint8 [H, W, 3], depth float32 [H, W] metres, valid [H, W] bool (or None, None).
@@ -599,8 +574,8 @@ class FrameSet(Dataset):
             return rgb, None, None
         depth = row.load(self.store, frame.depth).astype(np.float32)
         if rgb.shape[:2] != depth.shape:
-            raise BadFrame("picture of {}x{} and {} of {}x{} pixels".format(
-                *rgb.shape[:2], Path(frame.depth).parent.name or "depth", *depth.shape))
+            raise BadFrame("picture of {}x{} and depth of {}x{} pixels".format(
+                *rgb.shape[:2], *depth.shape))
         if row.crop:
             window = row.crop(*depth.shape)
             rgb, depth = rgb[window], depth[window]
@@ -698,15 +673,16 @@ class MixedBatches(Dataset):
         period, n = divmod(m, len(self.order))
         k = self.order[n]
         turn = period * self.order.count(k) + self.order[:n].count(k)  # batches of set k before m
-        batch = MicroBatch([], [], [], [])
-        for frames, half, turn in ((self.synthetic[k], batch.synthetic, turn),
-                                   (self.real, batch.real, m)):
-            if frames is not None:
-                half += [self.pick(frames, turn * self.micro + j, batch) for j in range(self.micro)]
-        return batch
+        names, bad = [], []
+        synthetic = [self.pick(self.synthetic[k], turn * self.micro + j, names, bad)
+                     for j in range(self.micro)]
+        real = [self.pick(self.real, m * self.micro + j, names, bad)
+                for j in range(self.micro)] if self.real else []
+        return MicroBatch(synthetic, real, names, bad)
 
-    def pick(self, frames, position, batch):
-        """The position-th frame of a set: every frame once per epoch, in a new order each time."""
+    def pick(self, frames, position, names, bad):
+        """The position-th frame of a set: every frame once per epoch, in a new order each time.
+        Adds its name to `names`, and those that could not be used before it to `bad`."""
         key = zlib.crc32(frames.name.encode())
         epoch, place = divmod(position, len(frames))
         rng = np.random.default_rng((self.seed, key, 1, position))
@@ -716,12 +692,12 @@ class MixedBatches(Dataset):
             name = f"{frames.name}/{frames.frames[i].rgb}"
             try:
                 item = self.load(frames, int(i), flip)
-                batch.names.append(name)
+                names.append(name)
                 return item
             except BadFrame as error:
-                batch.bad.append(f"{name}: {error}")
+                bad.append(f"{name}: {error}")
         raise UserError(f"{frames.source}: {TRIES + 1} unusable frames in a "
-                        f"row, the last is {batch.bad[-1]}; check the files")
+                        f"row, the last is {bad[-1]}; check the files")
 
 
 def check_bad(bad, total, max_bad):
@@ -778,7 +754,9 @@ def read_json(file):
     """The object, a dict, in a JSON file."""
     try:
         content = json.loads(Path(file).read_text("utf-8"))
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); fetch it again") from None
+    except ValueError as error:
         raise UserError(f"{file} is damaged ({explain(error)}); fetch it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{file} is damaged (no JSON object); fetch it again")

@@ -30,6 +30,7 @@ from torch import nn
 from data import UserError, explain, open_to_others, read_json, replacing
 
 PROMPT_FILE, INFO_FILE = "empty_prompt.safetensors", "fiffdepth.json"
+VAE_CONFIGS = ("vae/config.json", "config.json")  # in a pipeline's folder, and on its own
 # A folder without our JSON is read as the paper's authors lay theirs out: depth, not disparity, 768
 # pixels.
 AUTHORS_INFO = {"target": "depth", "size": 768}
@@ -141,8 +142,7 @@ class FiffDepth(nn.Module):
         dtype  of the weights in memory; float32 for training
         """
         folder = fetch(path_or_id, "unet/config.json", "a checkpoint or generator (unet/, vae/)")
-        info = read_json(folder / INFO_FILE) if (folder / INFO_FILE).exists() else AUTHORS_INFO
-        check_sums(folder, info)
+        info = read_info(folder)
         check_generator(path_or_id, read_json(folder / "unet/config.json"))
         unet = load(UNet2DConditionModel, folder / "unet", torch_dtype=dtype)
         prompt = read_prompt(folder, unet.config.cross_attention_dim)
@@ -152,41 +152,37 @@ class FiffDepth(nn.Module):
             raise UserError(f"{path_or_id}: its UNet takes {unet.config.in_channels} channels, the "
                             f"autoencoder has {autoencoder.config.latent_channels}; choose a --vae "
                             "of the same latent space")
-        info = {k: v for k, v in info.items() if k != "crc32"}
         model = cls(unet, autoencoder, load_scheduler(folder), prompt.to(dtype), info).eval()
         return model.to(memory_format=torch.channels_last)  # convolutions are faster so
 
     def save_pretrained(self, path, dtype=None):
         """Writes unet/, vae/, scheduler/ (as v-prediction, which Eq. 3 makes of any base), the
-        empty prompt and the JSON, which holds a checksum of each other file. Each file is written
-        beside its place and renamed into it.
+        empty prompt and the JSON, which holds a checksum of each file. Each file is written beside
+        its place and renamed into it.
         dtype: store the weights at another precision, e.g. torch.float16."""
         path = Path(path)
         temporary = path / ".saving"  # inside: on the same file system, whatever path is
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        for name, net in (("vae", self.vae), ("unet", self.unet)):
-            save_network(net, temporary / name, dtype)
+        for folder, net in ((temporary / "vae", self.vae), (temporary / "unet", self.unet)):
+            net.register_to_config(_name_or_path="")  # where it was read from is nobody's business
+            net.save_config(folder)
+            save_file({k: v.to(dtype or v.dtype).contiguous() for k, v in net.state_dict().items()},
+                      folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
         DDPMScheduler.from_config(
             self.scheduler.config, prediction_type="v_prediction"
         ).save_pretrained(temporary / "scheduler")
         save_file({"prompt": self.prompt.float().cpu().contiguous()}, temporary / PROMPT_FILE)
-        files = sorted(f for f in temporary.rglob("*") if f.is_file())
-        sums = {f.relative_to(temporary).as_posix(): [crc32(f)] for f in files}
-        before = read_json(path / INFO_FILE).get("crc32", {}) if (path / INFO_FILE).exists() else {}
-        # between the two JSONs a file may be the old or the new one: a kill leaves a sound folder
-        self.write_info(path, {name: [*sums[name], *before.get(name, [])] for name in sums})
-        for file in files:
-            target = path / file.relative_to(temporary)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            open_to_others(file)
-            os.replace(file, target)
+        write_json(temporary / INFO_FILE, self.info)
+        names = sorted(f.relative_to(temporary) for f in temporary.rglob("*") if f.is_file())
+        sums = {name.as_posix(): checksum(temporary / name) for name in names}
+        write_json(path / INFO_FILE, self.info)  # no checksums yet: after a kill the folder loads
+        for name in names:
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            open_to_others(temporary / name)
+            os.replace(temporary / name, path / name)
+        write_json(path / INFO_FILE, self.info | {"crc32": sums})
         shutil.rmtree(temporary)
-        self.write_info(path, sums)
-
-    def write_info(self, path, sums):
-        with replacing(path / INFO_FILE) as part:
-            part.write_text(json.dumps(self.info | {"crc32": sums}, indent=1) + "\n", "utf-8")
 
 
 class Teacher(nn.Module):
@@ -216,15 +212,13 @@ class Teacher(nn.Module):
             raise UserError(f"{path_or_id}: no preprocessor_config.json; --teacher wants a depth "
                             "model saved with its image processor")
         config = read_json(file)
-        if isinstance(config.get("size"), int):  # older processors: n means n x n
-            config["size"] = {"height": config["size"], "width": config["size"]}
-        if not isinstance(config.get("size"), dict) or not {"height", "width"} <= set(
-                config["size"]):
-            raise UserError(f"{path_or_id}: its preprocessor_config.json has no size by height and "
-                            "width")
-        if not {"image_mean", "image_std"} <= set(config):
-            raise UserError(f"{path_or_id}: its preprocessor_config.json has no image_mean and "
-                            "image_std")
+        size = config.get("size")
+        if isinstance(size, int):  # older processors: n means n x n
+            size = config["size"] = {"height": size, "width": size}
+        if not (isinstance(size, dict) and {"height", "width"} <= set(size)
+                and {"image_mean", "image_std"} <= set(config)):
+            raise UserError(f"{path_or_id}: its preprocessor_config.json lacks image_mean, "
+                            "image_std, or a size by height and width")
         net = load(AutoModelForDepthEstimation, folder, dtype=dtype)
         if (net.config.model_type in METRIC_NETWORKS
                 or getattr(net.config, "depth_estimation_type", "relative") != "relative"):
@@ -290,8 +284,9 @@ def choose_dtype(name, device, training=False):
     if not training:
         return torch.float16 if device.startswith("cuda") else torch.float32
     if device.startswith("cuda"):
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float32
-    faster = device == "cpu" and cpu_speedup(torch.bfloat16) > 1.2
+        faster = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        faster = device == "cpu" and cpu_speedup(torch.bfloat16) > 1.2
     return torch.bfloat16 if faster else torch.float32
 
 
@@ -329,8 +324,6 @@ def cpu_speedup(dtype):
 
 # ------------------------------------------------------------ reading folders and hub ids
 
-VAE_CONFIGS = ("vae/config.json", "config.json")  # in a pipeline's folder, and on its own
-
 
 def fetch(path_or_id, needed, what):
     """A folder, or a hub id -> the local folder.
@@ -338,7 +331,11 @@ def fetch(path_or_id, needed, what):
     needed  a file that must be in it (or one of several); what: how to name it if none is
     A hub repository is downloaded into the hub's cache; without a network the cache is enough.
     """
-    folder = Path(path_or_id) if Path(path_or_id).is_dir() else download(str(path_or_id))
+    folder = Path(path_or_id)
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; expected the folder or hub id of {what}")
+    if not folder.is_dir():
+        folder = download(str(path_or_id))
     names = [needed] if isinstance(needed, str) else needed
     if not any((folder / name).exists() for name in names):
         found = ", ".join(sorted(f.name for f in folder.iterdir())[:8]) or "nothing"
@@ -347,25 +344,26 @@ def fetch(path_or_id, needed, what):
 
 
 def download(hub_id):
-    """Of a hub repository what this file reads: configurations, and weights as safetensors in full
-    precision; another variant or format only where there is nothing else."""
+    """Of a hub repository what this file reads -> the folder in the hub's cache: configurations,
+    and weights as safetensors in full precision; another variant or format only where there is
+    nothing else."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (HfHubHTTPError, HFValidationError,
                                         LocalEntryNotFoundError)
 
-    variants = ["*.fp16.*", "*.fp16-*", "*.bf16.*", "*non_ema*"]
     parts = ["unet/", "vae/", "text_encoder/", ""]
-    texts = ["*.json", "*.txt", PROMPT_FILE]
+    variants = ["*.fp16.*", "*.fp16-*", "*.bf16.*", "*non_ema*"]
     try:
-        for weights, unwanted in (("safetensors", variants), ("safetensors", ["*non_ema*"]),
-                                  ("bin", variants), ("bin", [])):
-            names = [f"{part}{stem}*.{weights}" for part in parts
-                     for stem in ("model", "diffusion_pytorch_model", "pytorch_model")]
-            folder = Path(snapshot_download(hub_id, allow_patterns=texts + names,
-                                            ignore_patterns=unwanted))
-            if list((folder / "unet" if (folder / "unet").exists() else folder)
-                    .glob(f"*.{weights}")):
-                return folder
+        for ending, unwanted in (("safetensors", variants), ("safetensors", ["*non_ema*"]),
+                                 ("safetensors", []), ("bin", variants), ("bin", [])):
+            weights = [f"{part}{stem}*.{ending}" for part in parts
+                       for stem in ("model", "diffusion_pytorch_model", "pytorch_model")]
+            folder = Path(snapshot_download(
+                hub_id, allow_patterns=["*.json", "*.txt", PROMPT_FILE, *weights],
+                ignore_patterns=unwanted))
+            there = [part for part in parts if (folder / part / "config.json").exists()]
+            if all(weight_files(folder / part) for part in there if part or there == [""]):
+                break
     except LocalEntryNotFoundError:
         raise UserError(f"{hub_id}: no such folder; as a hub id it is not in the cache, and the "
                         "hub cannot be reached") from None
@@ -377,36 +375,46 @@ def download(hub_id):
     return folder
 
 
+def weight_files(folder):
+    """Names of the weights in a folder: safetensors, or else .bin."""
+    names = [f.name for f in Path(folder).iterdir() if "model" in f.name]
+    return ([name for name in names if name.endswith(".safetensors")]
+            or [name for name in names if name.endswith(".bin")])
+
+
+def variant(names):
+    """What diffusers and transformers call a variant, where all weights are of one: "fp16" for
+    model.fp16.safetensors; None when plain ones are there."""
+    marks = sorted(name.split(".")[1].split("-")[0] for name in names if name.count(".") > 1)
+    return marks[0] if len(marks) == len(names) else None
+
+
 def load(network, folder, **options):
     """network.from_pretrained(folder), with every weight found in the file.
 
     A weight that is missing would stay whatever was in memory, and the maps would be nonsense."""
+    names = weight_files(folder)
+    if not names:
+        raise UserError(f"{folder}: no weights in it (no *model*.safetensors); fetch them again")
     if issubclass(network, diffusers.ModelMixin):
         options |= {"low_cpu_mem_usage": False}  # the default wants another package
     try:
-        net, found = network.from_pretrained(folder, output_loading_info=True, local_files_only=True,
-                                             variant=variant(folder), **options)
+        net, found = network.from_pretrained(
+            folder, variant=variant(names), use_safetensors=names[0].endswith(".safetensors"),
+            local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
+            **options)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be loaded as {network.__name__} "
                         f"({explain(error)})") from None
-    missing, unexpected = (sorted(found[k]) for k in ("missing_keys", "unexpected_keys"))
-    missing = [name for name in missing if not name.startswith(UNUSED)]
-    if missing or found["mismatched_keys"]:
-        first = (missing or sorted(found["mismatched_keys"]))[0]
-        instead = f", there is {unexpected[0]} instead" if unexpected else ""
-        raise UserError(f"{folder}: {len(missing) or len(found['mismatched_keys'])} weights are "
-                        f"missing, the first is {first}{instead}; save the bare network, outside "
-                        "any wrapper, or fetch it again")
+    wrong = sorted(name for name in found["missing_keys"] if not name.startswith(UNUSED))
+    wrong += sorted(name for name, *shapes in found["mismatched_keys"])
+    if wrong:
+        unknown = sorted(found["unexpected_keys"])
+        instead = f", there is {unknown[0]} instead" if unknown else ""
+        raise UserError(f"{folder}: {len(wrong)} weights are missing or of another shape, the "
+                        f"first is {wrong[0]}{instead}; save the bare network, outside any "
+                        "wrapper, or fetch it again")
     return net
-
-
-def variant(folder):
-    """What diffusers and transformers call a variant, where all weights of a folder are of one:
-    "fp16" for model.fp16.safetensors; None when plain ones are there."""
-    names = [f.name.split(".") for f in Path(folder).iterdir()
-             if f.suffix in (".safetensors", ".bin") and "model" in f.name]
-    marks = sorted(parts[1].split("-")[0] for parts in names if len(parts) > 2)
-    return marks[0] if marks and len(marks) == len(names) else None
 
 
 def load_vae(folder, dtype):
@@ -464,24 +472,36 @@ def read_prompt(folder, width):
             raise UserError(f"{folder}/tokenizer: cannot be loaded ({explain(error)})") from None
         with torch.no_grad():
             prompt = load(CLIPTextModel, folder / "text_encoder")(tokens.input_ids)[0]
-    if prompt.shape[-1] != width:
-        raise UserError(f"{folder}: the empty prompt has width {prompt.shape[-1]}, "
-                        f"the UNet expects {width}")
+    if prompt.ndim != 3 or prompt.shape[-1] != width:
+        raise UserError(f"{folder}: the empty prompt has the shape {tuple(prompt.shape)}, the UNet "
+                        f"expects (1, tokens, {width})")
     return prompt
 
 
-def save_network(net, folder, dtype):
-    """save_pretrained of diffusers, with the weights in another precision if `dtype` says so."""
-    net.register_to_config(_name_or_path="")  # where it was read from is nobody's business
-    if dtype is None:
-        return net.save_pretrained(folder)
-    net.save_config(folder)
-    save_file({k: v.to(dtype).contiguous() for k, v in net.state_dict().items()},
-              folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+def read_info(folder):
+    """What inference needs to know, from a checkpoint's JSON, once all its files have the checksums
+    that stand there: one that is damaged, or of another checkpoint, must never give a map."""
+    file = folder / INFO_FILE
+    if not file.exists() and not (folder / PROMPT_FILE).exists():
+        return AUTHORS_INFO
+    info = read_json(file)
+    for name, value in info.pop("crc32", {}).items():
+        if not (folder / name).exists() or checksum(folder / name) != value:
+            raise UserError(f"{folder / name} is missing, damaged or of another checkpoint; fetch "
+                            f"it again (or, if you changed it, remove \"crc32\" from {INFO_FILE})")
+    if info.get("target") not in ("disparity", "depth") or not isinstance(info.get("size"), int):
+        raise UserError(f"{file}: expected \"target\", disparity or depth, and \"size\", the "
+                        "longer side in pixels")
+    return info
 
 
-def crc32(file):
-    """Checksum of a file's bytes."""
+def checksum(file):
+    """The crc32 of a file's bytes; of a JSON file's content, as git may change its line ends, and
+    without "crc32" itself."""
+    if file.suffix == ".json":
+        content = read_json(file)
+        content.pop("crc32", None)
+        return zlib.crc32(json.dumps(content, sort_keys=True).encode())
     value = 0
     with open(file, "rb") as f:
         while block := f.read(1 << 20):
@@ -489,9 +509,6 @@ def crc32(file):
     return value
 
 
-def check_sums(folder, info):
-    """A checkpoint of ours knows its files: a damaged or mixed-up one never gives a map."""
-    for name, values in info.get("crc32", {}).items():
-        if not (folder / name).exists() or crc32(folder / name) not in values:
-            raise UserError(f"{folder / name}: is missing, damaged or of another checkpoint; fetch "
-                            f"it again (or, if you changed it, remove crc32 from {INFO_FILE})")
+def write_json(file, content):
+    with replacing(file) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
