@@ -216,12 +216,15 @@ def train(a):
                        for s in sets],  # what must not change while the run lasts
             "made_of": [*space, labelled_by]}
     encode = partial(to_latents, model, teacher, target=a.target)
-    load = FrameSet.sample if not a.cache else kept_latents(
-        encode, a.cache, [a.target, *space], teacher and [labelled_by, teacher.config])
-    to_half = partial(join, device=device) if a.cache else encode
+    load, to_half = FrameSet.sample, encode
+    if a.cache:
+        load = kept_latents(encode, a.cache, [a.target, *space],
+                            teacher and [labelled_by, teacher.config])
+        to_half = partial(join, device=device)
     first, bad = load_checkpoint(out, model, optimizer, same) if a.resume else (0, {})
+    total = sum(len(s) + len(s.missing) for s in sets)
     bad |= dict.fromkeys(line for s in sets for line in s.missing)
-    check_bad(bad, sum(count for _, count, _ in same["frames"]), a.max_bad)
+    check_bad(bad, total, a.max_bad)
     if rank == 0:
         start_log(out, a, first)
         print_header(a, world, model, sets, held_out, accumulate, first, device)
@@ -240,7 +243,7 @@ def train(a):
     save = partial(save_checkpoint, out, model, optimizer, same, bad)
     stop, saved, done, sound = catch_signals(), first, first, True
     bar = tqdm(range(first, a.steps), initial=first, total=a.steps, unit="step", disable=rank > 0,
-               mininterval=0.1 if sys.stderr.isatty() else 30)  # a log file keeps every state
+               mininterval=0.1 if sys.stderr.isatty() else 30)  # a log file keeps all it draws
     try:
         for step in bar:
             vote = torch.tensor(float(bool(stop)), device=device)
@@ -252,7 +255,7 @@ def train(a):
             model.zero_grad()
             for i in range(accumulate):
                 batch = next(loader)
-                report_bad(batch.bad, bad, same["frames"], a.max_bad)
+                report_bad(batch.bad, bad, total, a.max_bad)
                 syn, real = to_half(batch.synthetic), to_half(batch.real)
                 draws = noise(a, (step * accumulate + i) * world + rank, syn, real, model)
                 wait = world > 1 and i < accumulate - 1  # exchange gradients once a step
@@ -284,7 +287,9 @@ def train(a):
     if world > 1:
         dist.barrier()  # the main process may still be saving, and the first to leave ends the rest
         dist.destroy_process_group()
-    return print_summary(a, done, rank, device, bad, stop)
+    if rank == 0:
+        print_summary(a, done, device, bad)
+    return 128 + (stop or [signal.SIGTERM])[0] if done < a.steps else 0
 
 
 # ---------------------------------------------------------------- checkpoints and the log
@@ -378,13 +383,13 @@ def write_log(out, done, values, a, seconds, bar):
     bar.set_postfix_str(f"{shown}, {rate:.1f} pictures/s", refresh=False)
 
 
-def report_bad(found, bad, frames, max_bad):
+def report_bad(found, bad, total, max_bad):
     """Names each bad frame once; too many of them stop the run."""
     for line in dict.fromkeys(found):
         if line not in bad:
             bad[line] = None
             tqdm.write(f"skipped {line}", file=sys.stderr)
-    check_bad(bad, sum(count for _, count, _ in frames), max_bad)
+    check_bad(bad, total, max_bad)
 
 
 def stop_at_nan(step, values, seen, world):
@@ -618,16 +623,14 @@ def print_header(a, world, model, sets, held_out, accumulate, first, device):
     print(f"steps      {first} -> {a.steps}; writes to {a.out}/", flush=True)
 
 
-def print_summary(a, done, rank, device, bad, stop):
-    """The last line, and the exit status: 0, or 128 + the signal."""
-    stopped = done < a.steps
-    if stopped and rank == 0:
+def print_summary(a, done, device, bad):
+    """The last line."""
+    if done < a.steps:
         print(f"stopped by a signal after step {done} of {a.steps}, saved; go on with: "
               f"python train.py --resume --out {a.out}", flush=True)
-    elif rank == 0:
+    else:
         print(f"done: {a.steps} steps in {a.dtype}, {memory(device)} at most, {len(bad)} bad "
               f"frames; try: python infer.py PICTURE --checkpoint {a.out}", flush=True)
-    return 128 + (stop or [signal.SIGTERM])[0] if stopped else 0
 
 
 def memory(device):
@@ -681,8 +684,8 @@ def flags():
     add("--teacher_at_d0", False, "ablation: pseudo-labels act on d_0 itself (Sec. 3.3)", **switch)
     add("--filter_noise", 0.0, "standard deviation of noise on d_0 before the filter of Eq. 4, so "
         "that nothing can hide there; ours, 0 = the paper")
-    add("--lambda_low", 0.0, "weight of the teacher's coarse depth, means over 4x4 latent cells, on "
-        "the d_0 of real images, so that the filter need not repair it; ours, 0 = the paper")
+    add("--lambda_low", 0.0, "weight of the teacher's coarse depth, means over 4x4 latent cells, "
+        "on the d_0 of real images, so that the filter need not repair it; ours, 0 = the paper")
     add("--target", "disparity", "space of all labels; depth is the paper-literal one (Sec. 3.1)",
         choices=["disparity", "depth"])
     # the optimisation; the paper gives the half-and-half batch, the rest is ours
