@@ -78,13 +78,13 @@ def training_step(model, syn, real, eps, t, a, filter_noise=None):
         v_hat = model.eps_hat(bt, t)
         terms["k"] = a.lambda_k * trajectory_loss(v_hat, b0, eps, a_bar)  # Eq. 3
     if real is not None:
-        d0 = model.predict(real.x0)  # Eq. 1, on real pictures; supervised through the filter alone
-        seen = d0 if filter_noise is None else d0 + filter_noise
-        dm1 = d0 if a.teacher_at_d0 else model.filter(seen)  # Eq. 4; no detach: d_0 learns from it
-        terms["mae_m1"] = a.lambda_mae * mae(dm1, real.d_star)
-        terms["gm_m1"] = a.lambda_gm * gradient_matching(dm1, real.d_star)
+        real_d0 = model.predict(real.x0)  # Eq. 1; no loss on it but through the filter
+        seen = real_d0 if filter_noise is None else real_d0 + filter_noise
+        dm1 = real_d0 if a.teacher_at_d0 else model.filter(seen)  # Eq. 4; no detach: d_0 learns
+        terms["mae_m1"] = a.lambda_mae * mae(dm1, real.d_star)  # Eq. 5
+        terms["gm_m1"] = a.lambda_gm * gradient_matching(dm1, real.d_star)  # Eq. 6
         if a.lambda_low:
-            terms["low"] = a.lambda_low * mae(block_mean(d0), block_mean(real.d_star))
+            terms["low"] = a.lambda_low * mae(block_mean(real_d0), block_mean(real.d_star))
     return terms
 
 
@@ -137,17 +137,19 @@ def latent_mask(mask, factor):
     return F.max_pool2d(invalid, factor) == 0
 
 
-def kept_latents(encode, folder, made_by):
+def kept_latents(encode, folder, made_by, labelled_by):
     """The memo around one function: (frames, i, flip) -> Latents of one frame, kept on disk.
 
-    encode   [Sample] -> Latents
-    made_by  what else decides the result: fingerprints of the frozen networks, the target
+    encode       [Sample] -> Latents
+    made_by      what else decides the result: the latent space, the target
+    labelled_by  what decides it for pictures without depth alone: the teacher
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
 
     def load(frames, i, flip):
-        key = json.dumps([frames.name, frames.size, frames.stamp(i), flip, made_by])
+        labels = labelled_by if frames.frames[i].depth is None else "true depth"
+        key = json.dumps([frames.name, frames.size, frames.stamp(i), flip, made_by, labels])
         file = folder / f"{hashlib.sha1(key.encode()).hexdigest()}.safetensors"
         try:
             kept = load_file(file)
@@ -197,7 +199,7 @@ def train(a):
     rank, world, device = start_processes(a.device)
     out, accumulate = Path(a.out), accumulation(a, world)
     claim = lock(out, a.resume) if rank == 0 else None  # held until the process ends
-    a.dtype = name_of(choose_dtype(a.dtype, device.type, training=True))  # stored with the run
+    a.dtype = main_process_says(name_of(choose_dtype(a.dtype, device.type, training=True)), world)
     synthetic, real_set, held_out = open_sets(a)
     model = FiffDepth.from_pretrained(a.base, vae=a.vae).to(device)
     teacher = None if a.no_teacher else Teacher.from_pretrained(a.teacher).to(device)
@@ -209,20 +211,24 @@ def train(a):
     if a.checkpointing:
         model.unet.enable_gradient_checkpointing()
     sets = [*synthetic, *([real_set] if real_set else [])]
+    space, labelled_by = latent_space(model.vae), fingerprint(teacher)
     same = {"frames": [[s.name, len(s) + len(s.missing), zlib.crc32("".join(s.names).encode())]
                        for s in sets],  # what must not change while the run lasts
-            "made_of": [*latent_space(model.vae), fingerprint(teacher)]}
+            "made_of": [*space, labelled_by]}
+    encode = partial(to_latents, model, teacher, target=a.target)
+    load, to_half = FrameSet.sample, encode
+    if a.cache:
+        load = kept_latents(encode, a.cache, [a.target, *space],
+                            teacher and [labelled_by, teacher.config])
+        to_half = partial(join, device=device)
     first, bad = load_checkpoint(out, model, optimizer, same) if a.resume else (0, {})
+    total = sum(len(s) + len(s.missing) for s in sets)
     bad |= dict.fromkeys(line for s in sets for line in s.missing)
-    check_bad(bad, sum(count for _, count, _ in same["frames"]), a.max_bad)
+    check_bad(bad, total, a.max_bad)
     if rank == 0:
         start_log(out, a, first)
         print_header(a, world, model, sets, held_out, accumulate, first, device)
 
-    encode = partial(to_latents, model, teacher, target=a.target)
-    load = (kept_latents(encode, a.cache, [a.target, *same["made_of"], teacher and teacher.config])
-            if a.cache else FrameSet.sample)
-    to_half = partial(join, device=device) if a.cache else encode
     batches = MixedBatches(synthetic, [WEIGHTS.get(s.name, 1) for s in synthetic], real_set,
                            a.micro, a.seed, flip=not a.no_flip, load=load)
     stride = accumulate * world  # micro-batches a step, dealt out to the processes in turn
@@ -235,12 +241,13 @@ def train(a):
         step_module = nn.parallel.DistributedDataParallel(
             step_module, find_unused_parameters=bool(model.unet.config.time_cond_proj_dim))
     save = partial(save_checkpoint, out, model, optimizer, same, bad)
-    stop, saved, done = catch_signals(), first, first
+    stop, saved, done, sound = catch_signals(), first, first, True
     bar = tqdm(range(first, a.steps), initial=first, total=a.steps, unit="step", disable=rank > 0,
-               mininterval=0.1 if sys.stderr.isatty() else 30)  # a log file keeps every state
+               mininterval=0.1 if sys.stderr.isatty() else 30)  # a log file keeps all it draws
     try:
         for step in bar:
-            if agreed(bool(stop), world):  # all processes leave at the same place
+            vote = torch.tensor(float(bool(stop)), device=device)
+            if mean_over_processes({"stop": vote}, world)["stop"]:  # all leave at the same place
                 break
             began, sums, seen = time.time(), {}, []
             for group in optimizer.param_groups:
@@ -248,7 +255,7 @@ def train(a):
             model.zero_grad()
             for i in range(accumulate):
                 batch = next(loader)
-                report_bad(batch.bad, bad, same["frames"], a.max_bad)
+                report_bad(batch.bad, bad, total, a.max_bad)
                 syn, real = to_half(batch.synthetic), to_half(batch.real)
                 draws = noise(a, (step * accumulate + i) * world + rank, syn, real, model)
                 wait = world > 1 and i < accumulate - 1  # exchange gradients once a step
@@ -262,8 +269,9 @@ def train(a):
             sums["grad_norm"] = nn.utils.clip_grad_norm_(model.unet.parameters(), a.clip)
             values = mean_over_processes(sums, world)
             stop_at_nan(step, values, seen, world)  # before the step: the weights stay sound
+            sound = False  # half a step, should the next line fail
             optimizer.step()
-            done = step + 1
+            done, sound = step + 1, True
             if rank > 0:
                 continue
             write_log(out, done, values, a, time.time() - began, bar)
@@ -272,30 +280,33 @@ def train(a):
             if done % a.save_every == 0:
                 save(done)
                 saved = done
-    finally:  # whatever fails leaves the weights alone: the steps done before it are saved
+    finally:  # whatever fails but the optimiser leaves the weights alone: no step is lost
         bar.close()
-        if rank == 0 and saved != done:
+        if rank == 0 and saved != done and sound:
             save(done)
     if world > 1:
         dist.barrier()  # the main process may still be saving, and the first to leave ends the rest
         dist.destroy_process_group()
-    return print_summary(a, done, rank, device, bad, stop)
+    if rank == 0:
+        print_summary(a, done, device, bad)
+    return 128 + (stop or [signal.SIGTERM])[0] if done < a.steps else 0
 
 
 # ---------------------------------------------------------------- checkpoints and the log
 
 
 def save_checkpoint(out, model, optimizer, same, bad, step):
-    """training.pt, all that resuming needs, in one rename; then the folder that infer.py reads."""
+    """The folder that infer.py reads; then training.pt, all that resuming needs, in one rename: a
+    run that is killed between the two repeats some steps, and writes the folder again."""
     model.info["steps"] = step
     state = {"step": step, "unet": model.unet.state_dict(), "optimizer": optimizer.state_dict(),
              "bad": list(bad), **same}
     try:
+        model.save_pretrained(out)
         with replacing(out / "training.pt") as part, open(part, "wb") as f:
             torch.save(state, f)
             f.flush()
             os.fsync(f.fileno())
-        model.save_pretrained(out)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--out {out}: the checkpoint cannot be written "
                         f"({explain(error)}); is the disk full?") from None
@@ -337,12 +348,11 @@ def start_log(out, a, first):
     cut_log(out / "log.jsonl", first)
 
 
-def absolute(place):
-    """The paths in a flag's value, so that a run resumes from any working directory."""
-    if isinstance(place, list):
-        return [absolute(word) for word in place]
-    name, equals, path = (place or "").rpartition("=")
-    return f"{name}{equals}{os.path.abspath(path)}" if os.path.exists(path) else place
+def absolute(value):
+    """A path, or [NAME=PATH], made absolute, so that a run resumes from any working directory."""
+    if isinstance(value, list):
+        return [f"{name}={absolute(path)}" for name, _, path in (v.partition("=") for v in value)]
+    return os.path.abspath(value) if value and os.path.exists(value) else value  # not a hub id
 
 
 def cut_log(file, step):
@@ -373,13 +383,13 @@ def write_log(out, done, values, a, seconds, bar):
     bar.set_postfix_str(f"{shown}, {rate:.1f} pictures/s", refresh=False)
 
 
-def report_bad(found, bad, frames, max_bad):
+def report_bad(found, bad, total, max_bad):
     """Names each bad frame once; too many of them stop the run."""
     for line in dict.fromkeys(found):
         if line not in bad:
             bad[line] = None
             tqdm.write(f"skipped {line}", file=sys.stderr)
-    check_bad(bad, sum(count for _, count, _ in frames), max_bad)
+    check_bad(bad, total, max_bad)
 
 
 def stop_at_nan(step, values, seen, world):
@@ -406,14 +416,13 @@ def validate(model, teacher, held_out, out, done, rows=4):
     for frames in held_out:
         for i in range(len(frames)):
             try:
-                rgb, depth, valid = frames.read(i)
-                sample = frames.sample(i, False) if len(pictures) < rows else None
+                sample, (rgb, depth, valid) = frames.sample(i, flip=False), frames.read(i)
+                pred = predict_batch(model, rgb[None])[0]
             except BadFrame as error:
                 tqdm.write(f"held out, skipped {frames.frames[i].rgb}: {error}", file=sys.stderr)
                 continue
-            pred = predict_batch(model, rgb[None])[0]
             scores.append(score(pred, depth, valid, space, frames.layout.near, frames.layout.far))
-            if sample:
+            if len(pictures) < rows:
                 pictures.append(preview(model, teacher, sample, space))
     model.unet.train()
     if not scores:
@@ -462,12 +471,12 @@ def lr_at(step, a):
 
 class Muon:
     """Muon (Jordan et al. 2024) for whatever is a matrix and AdamW for biases and normalisations,
-    as one optimiser. A convolution [out, in, k, k] counts as the matrix [out, k·k·in]: torch's Muon
+    as one optimiser. A convolution [out, in, k, k] counts as the matrix [out, in·k·k]: torch's Muon
     gets views of the weights. Its update is scaled to AdamW's size, so that --lr means the same."""
 
     def __init__(self, parameters, fused=False, **options):
         parameters = list(parameters)
-        self.pairs = [(p, nn.Parameter(matrix(p.detach()))) for p in parameters if p.ndim > 1]
+        self.pairs = [(p, nn.Parameter(matrix(p.detach(), p))) for p in parameters if p.ndim > 1]
         self.parts = (torch.optim.Muon([view for _, view in self.pairs],
                                        adjust_lr_fn="match_rms_adamw", **options),
                       torch.optim.AdamW([p for p in parameters if p.ndim < 2], fused=fused,
@@ -479,7 +488,7 @@ class Muon:
 
     def step(self):
         for weight, view in self.pairs:
-            view.grad = None if weight.grad is None else matrix(weight.grad)
+            view.grad = None if weight.grad is None else matrix(weight.grad, weight)
         for part in self.parts:
             part.step()
 
@@ -491,9 +500,11 @@ class Muon:
             part.load_state_dict(state)
 
 
-def matrix(weight):
-    """A weight as a matrix, without a copy: convolutions lie channels-last in memory."""
-    return weight.permute(0, 2, 3, 1).flatten(1) if weight.ndim == 4 else weight.flatten(1)
+def matrix(tensor, weight):
+    """A weight, or its gradient, as a matrix whose columns lie as the weight lies in memory: of the
+    weight itself a view, not a copy, also of a convolution stored channels-last."""
+    channels_last = weight.ndim == 4 and not weight.is_contiguous()
+    return (tensor.permute(0, 2, 3, 1) if channels_last else tensor).flatten(1)
 
 
 # ---------------------------------------------------------------- sets and processes
@@ -519,7 +530,7 @@ def open_sets(a):
                 raise UserError(f"{frames.source}: has no depth to compare with")
         return synthetic, real, held_out
     first, held_out = synthetic[0], copy.copy(synthetic[0])
-    n = min(a.val_frames, len(first) // 20 or len(first) - 1)  # never the only frame
+    n = min(a.val_frames, max(1, len(first) // 20), len(first) - 1)  # never the only frame
     held_out.frames, first.frames = first.frames[len(first) - n:], first.frames[:len(first) - n]
     return synthetic, real, [held_out]
 
@@ -549,7 +560,7 @@ def accumulation(a, world):
 
 
 def mean_over_processes(sums, world):
-    """{name: scalar tensor} -> {name: float}; the one place of a step that waits for a GPU."""
+    """{name: scalar tensor} -> {name: float}. It waits for the GPU."""
     values = torch.stack([v.detach().float() for v in sums.values()])
     if world > 1:
         dist.all_reduce(values)
@@ -557,14 +568,12 @@ def mean_over_processes(sums, world):
     return dict(zip(sums, values.tolist()))
 
 
-def agreed(stop, world):
-    """Whether any process wants to stop."""
-    if world == 1:
-        return stop
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    votes = torch.tensor(float(stop), device=device)
-    dist.all_reduce(votes)
-    return votes.item() > 0
+def main_process_says(value, world):
+    """The main process's value, for all: what each measures may differ."""
+    values = [value]
+    if world > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
 def catch_signals():
@@ -614,16 +623,14 @@ def print_header(a, world, model, sets, held_out, accumulate, first, device):
     print(f"steps      {first} -> {a.steps}; writes to {a.out}/", flush=True)
 
 
-def print_summary(a, done, rank, device, bad, stop):
-    """The last line, and the exit status: 0, or 128 + the signal."""
-    stopped = done < a.steps
-    if stopped and rank == 0:
+def print_summary(a, done, device, bad):
+    """The last line."""
+    if done < a.steps:
         print(f"stopped by a signal after step {done} of {a.steps}, saved; go on with: "
               f"python train.py --resume --out {a.out}", flush=True)
-    elif rank == 0:
+    else:
         print(f"done: {a.steps} steps in {a.dtype}, {memory(device)} at most, {len(bad)} bad "
               f"frames; try: python infer.py PICTURE --checkpoint {a.out}", flush=True)
-    return 128 + (stop or [signal.SIGTERM])[0] if stopped else 0
 
 
 def memory(device):
@@ -638,10 +645,10 @@ def memory(device):
 
 
 # ---------------------------------------------------------------- flags
-# What may change when a run goes on: the machine, and places whose contents are checked.
+# What may change when a run goes on: the machine, and places, whose contents are checked.
+FREE_ON_RESUME = {"resume", "out", "workers", "device", "save_every", "val_every", "max_bad",
+                  "checkpointing"}
 PLACES = {"data", "list", "val", "base", "teacher", "vae", "cache"}
-FREE_ON_RESUME = PLACES | {"resume", "out", "workers", "device", "save_every", "val_every",
-                           "max_bad", "checkpointing"}
 
 
 def flags():
@@ -658,7 +665,7 @@ def flags():
     sets = {"nargs": "+", "metavar": "NAME=PATH"}
     place, switch = {"metavar": "DIR|HUB_ID"}, {"action": "store_true"}
     add("--data", [], "training sets: hypersim, vkitti, pairs (your own), nano (all with depth), "
-        "photos (real; Sec. 4.1)", **sets)
+        "photos (real; Sec. 4.1); all behind one --data, a second one replaces it", **sets)
     add("--list", [], "list files in Marigold's form, to select and order a set's frames", **sets)
     add("--val", None, "held-out sets; without it the last frames of the first set with depth",
         **sets)
@@ -677,8 +684,8 @@ def flags():
     add("--teacher_at_d0", False, "ablation: pseudo-labels act on d_0 itself (Sec. 3.3)", **switch)
     add("--filter_noise", 0.0, "standard deviation of noise on d_0 before the filter of Eq. 4, so "
         "that nothing can hide there; ours, 0 = the paper")
-    add("--lambda_low", 0.0, "weight of the teacher's coarse depth, means over 4x4 latent cells, on "
-        "the d_0 of real images, so that the filter need not repair it; ours, 0 = the paper")
+    add("--lambda_low", 0.0, "weight of the teacher's coarse depth, means over 4x4 latent cells, "
+        "on the d_0 of real images, so that the filter need not repair it; ours, 0 = the paper")
     add("--target", "disparity", "space of all labels; depth is the paper-literal one (Sec. 3.1)",
         choices=["disparity", "depth"])
     # the optimisation; the paper gives the half-and-half batch, the rest is ours
@@ -729,7 +736,8 @@ def stored_flags(out, given):
         raise UserError(f"--resume: {out} holds no run of train.py (no flags.json)")
     stored = read_json(file)
     stored.pop("out", None)  # the folder may have been moved since
-    for name in given.keys() - FREE_ON_RESUME:
+    moved = {name for name in PLACES if stored.get(name)}  # not a cache where there was none
+    for name in given.keys() - FREE_ON_RESUME - moved:
         if given[name] != stored.get(name):
             more = (f"; to train on from its result: --base {out} --steps {given[name]} --out NEW"
                     if name == "steps" else "")
@@ -756,9 +764,11 @@ def check_flags(a):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if not argv:
-        os.chdir(HERE)
         argv = ["@nano/train.args"]
         print(f"without arguments: python train.py {argv[0]}, the small world, in {HERE}")
+        if Path.cwd() != HERE:  # the last line names --out, and shall be true where the user is
+            argv += ["--out", str(HERE / flags().get_default("out"))]
+            os.chdir(HERE)
     try:
         return train(read_flags(argv))
     except RuntimeError as error:
