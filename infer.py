@@ -91,11 +91,14 @@ def to_network(rgb, size):
     """Picture, uint8 [H, W, 3] -> float32 [h, w, 3] in [-1, 1], scaled down to (h, w) = size.
 
     One channel after the other: the whole picture in floats would take four times its memory."""
+    if size[1] == 1 < size[0]:  # torch 2.13 fills a single column of one channel with its first row
+        return to_network(rgb.swapaxes(0, 1), size[::-1]).transpose(0, 1)
     x = torch.empty(*size, 3)
     for c in range(3):
         channel = torch.from_numpy(rgb[..., c].astype(np.float32)).div_(127.5).sub_(1)
         if channel.shape != size:
-            channel = F.interpolate(channel[None, None], size, mode="bilinear", antialias=True)[0, 0]
+            channel = F.interpolate(channel[None, None], size, mode="bilinear",
+                                    antialias=True)[0, 0]
         x[..., c] = channel
     return x
 
@@ -214,7 +217,7 @@ def point_cloud(file, z, rgb, focal, comment):
     focal: pixels"""
     H, W = z.shape
     vertices = np.empty((H, W), [("xyz", "<f4", 3), ("rgb", "u1", 3)])
-    vertices["xyz"][..., 0] = (np.arange(W) + 0.5 - W / 2) / focal * z  # through the pixels' centres
+    vertices["xyz"][..., 0] = (np.arange(W) + 0.5 - W / 2) / focal * z  # pixels' centres
     vertices["xyz"][..., 1] = (np.arange(H)[:, None] + 0.5 - H / 2) / focal * z
     vertices["xyz"][..., 2] = z
     vertices["rgb"] = rgb
@@ -274,8 +277,8 @@ def result_files(values, one, target, a):
         metres, errors = fit_metres(values, a.known, target)
         files[f"_metres.{kind}"] = partial(save_floats, array=metres, kind=kind, meaning="metres")
         said["metres"] = {
-            "known": a.known, "errors": errors, "note": "least squares of scale and shift; no better "
-            "than the map and these points" + ("" if len(errors) > 2 else ", and two points are "
+            "known": a.known, "errors": errors, "note": "least squares of scale and shift; no "
+            "better than the map and these points" + ("" if len(errors) > 2 else ", and two points are "
                                                "always met: a third shows how good the fit is")}
     if a.ply:
         focal, source = focal_length(a, one.picture.path, *values.shape)
