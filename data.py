@@ -231,8 +231,8 @@ def open_image(source, upright=True, notes=None):
                 ImageOps.exif_transpose(image, in_place=True)
         except Exception:                           # sound pixels: as stored
             notes.append("its EXIF data is damaged, so a rotation in it is not known")
-    notes += dict.fromkeys(f"Pillow says: {explain(w.message)}" for w in caught
-                           if w.category is not Image.DecompressionBombWarning)
+    notes += dict.fromkeys(f"Pillow says: {explain(w.message)}" for w in caught if w.category
+                           not in (Image.DecompressionBombWarning, DeprecationWarning))
     try:
         return np.asarray(to_rgb(image, notes))
     except ValueError as error:                     # a colour space Pillow cannot convert

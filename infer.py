@@ -172,9 +172,10 @@ def fit_metres(values, known, target):
         raise UserError(f"--known: the map is the same at all points ({at.min():.4f} to "
                         f"{at.max():.4f}); choose some that are nearer and some that are farther")
     scale, shift = np.polyfit(at, 1 / z if target == "disparity" else z, 1)
-    if scale <= 0:
-        raise UserError("--known: by the map, the points that are said to be nearer are farther "
-                        "away; check x, y and metres of each")
+    if scale <= 0 or (scale * at + shift <= 0).any():
+        raise UserError("--known: these distances contradict the map, where what is said to be "
+                        "nearer is farther away or a point is behind the camera; check x, y and "
+                        "metres of each")
     metres = (values * scale + shift).astype(np.float32)
     metres[metres <= 0] = np.nan
     if target == "disparity":
@@ -364,8 +365,9 @@ def write_set(base, files, note, old):
                 with suppress(PermissionError):  # Windows: still open, so its run renames nothing
                     part.unlink(missing_ok=True)
         os.replace(parts / f"{mine}claim.part", f"{base}_depth.json")
-        for end in set(begun["files"]) - set(files):
-            Path(f"{base}{end}").unlink(missing_ok=True)
+        for end in ENDINGS:
+            if end in begun["files"] and end not in files:
+                Path(f"{base}{end}").unlink(missing_ok=True)
         for end in list(files)[1:]:
             os.replace(parts / f"{mine}{end}.part", f"{base}{end}")
         return True
@@ -420,21 +422,17 @@ def find_pictures(arguments):
     found, problems, others = {}, [], Counter()
     for argument in arguments:
         root, places = Path(os.path.abspath(os.path.expanduser(argument))), []
+        reason = "no such file or folder"
         if os.path.isdir(root):
-            reason = "no pictures in this folder"
-            for name in map(Path, sorted(walk(root, lambda error: problems.append(
-                    f"{error.filename}: {error.strerror}")))):
-                if is_result(root / name):
-                    continue
-                if name.suffix.lower() in readable_suffixes():
-                    places.append(name)
-                else:
-                    others[name.suffix.lower() or "without ending"] += 1
+            unread, reason = [], "no pictures in this folder"
+            names = [Path(n) for n in sorted(walk(root, unread.append)) if not is_result(root / n)]
+            places = [n for n in names if n.suffix.lower() in readable_suffixes()]
+            others.update(n.suffix.lower() or "no ending" for n in set(names) - set(places))
+            problems += [f"{error.filename}: {error.strerror}" for error in unread]
         elif os.path.exists(root):
             root, places = root.parent, [Path(root.name)]
-        else:
-            reason = (f"a broken link, to {os.readlink(root)}" if os.path.islink(root)
-                      else "no such file or folder")
+        elif os.path.islink(root):
+            reason = f"a broken link, to {os.readlink(root)}"
         if not places:
             problems.append(f"{argument}: {reason}")
         for place in places:
@@ -449,9 +447,11 @@ def find_pictures(arguments):
 def ignored(others):
     """Counter of endings -> one line"""
     heif = "" if has_heif() else " (pip install pillow-heif)"
-    return "ignored, as Pillow does not read them: " + ", ".join(
-        f"{suffix} {n}{heif if suffix in ('.heic', '.heif') else ''}"
-        for suffix, n in others.most_common())
+    shown = [f"{suffix} {n}{heif if suffix in ('.heic', '.heif') else ''}"
+             for suffix, n in others.most_common(8)]
+    rest = [f"others {others.total() - sum(dict(others.most_common(8)).values())}"]
+    return ("ignored files that are no pictures or that Pillow does not read: "
+            + ", ".join(shown + rest * (len(others) > 8)))
 
 
 # ---------------------------------------------------------------- the command
@@ -512,8 +512,8 @@ def run(a):
     model, where = load_model(a)
     target, size = model.info["target"], a.size or model.info["size"]
     settings = {"weights": identity("", model.unet, model.vae), "size": size,
-                "precision": str(model.unet.dtype), "format": a.out_format, "known": a.known,
-                "cloud": [a.focal, a.fov, a.near, a.far] if a.ply else None}
+                "precision": str(model.unet.dtype).removeprefix("torch."), "known": a.known,
+                "format": a.out_format, "cloud": [a.focal, a.fov, a.near, a.far] if a.ply else None}
     todo = [p for p in pictures if a.again or not is_done(
         *find_name(a.out, p), {**settings, "picture": p.stamp})]
     print(f"values: {MEANING[target]}")

@@ -269,10 +269,10 @@ class TestInfer:
             Path("in/sub").mkdir(exist_ok=True)
             Path("in", name).write_bytes(b"x")
         lines = run("in").err.splitlines()
-        assert lines[0].startswith("ignored, as Pillow does not read them: ")
+        assert lines[0].startswith("ignored files that are no pictures or that Pillow does not read: ")
         assert ".heic 2 (pip install pillow-heif)" in lines[0]
         assert ".txt 1" in lines[0]
-        assert "without ending 1" in lines[0]
+        assert "no ending 1" in lines[0]
 
     def test_heif_names_the_package_it_needs(self, monkeypatch):
         monkeypatch.setattr(data, "has_heif", lambda: False)
@@ -521,7 +521,8 @@ class TestInfer:
     @pytest.mark.parametrize("known, sentence", [
         ([[9, 0, 1], [0, 0, 2]], "9,0: outside the picture, which has 3 x 1 pixels"),
         ([[0, 0, 1], [0, 0, 2]], "the same at all points"),
-        ([[0, 0, 1], [2, 0, 3]], "are farther away; check")])
+        ([[0, 0, 1], [2, 0, 3]], "contradict the map"),
+        ([[0, 0, 9], [1, 0, 9], [2, 0, 0.1]], "contradict the map")])
     def test_points_that_fit_no_map(self, known, sentence):
         with pytest.raises(UserError, match=sentence):
             infer.fit_metres(np.array([[0, 0.5, 1]], np.float32), known, "disparity")
