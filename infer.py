@@ -279,8 +279,9 @@ def result_files(values, one, target, a):
         files[f"_metres.{kind}"] = partial(save_floats, array=metres, kind=kind, meaning="metres")
         said["metres"] = {
             "known": a.known, "errors": errors, "note": "least squares of scale and shift; no "
-            "better than the map and these points" + ("" if len(errors) > 2 else ", and two points are "
-                                               "always met: a third shows how good the fit is")}
+            "better than the map and these points" + (
+                "" if len(errors) > 2 else
+                ", and two are always met: a third shows how good the fit is")}
     if a.ply:
         focal, source = focal_length(a, one.picture.path, *values.shape)
         said["cloud"] = (f"focal length {focal:.6g} pixels ({source}); " +
@@ -312,7 +313,11 @@ def read_note(base, again=True):
         note = json.loads(text)
     except FileNotFoundError:
         return {} if any(os.path.lexists(f"{base}{end}") for end in ENDINGS) else None
-    except (OSError, ValueError):
+    except OSError:  # a name that is too long would be followed by longer ones
+        if not os.path.lexists(f"{base}_depth.json"):
+            raise
+        return {}
+    except ValueError:
         return {}
     return note if isinstance(note, dict) else {}
 
@@ -334,14 +339,14 @@ def claim_name(out, picture):
     while True:
         base, note = find_name(out, picture)
         if note is not None:
-            return base, note
+            return base
         base.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError), open(f"{base}_depth.json", "x", encoding="utf-8") as file:
             json.dump({"source": str(picture.path), "files": []}, file)
-            return base, {"files": []}
+            return base
 
 
-def write_set(base, files, note, old):
+def write_set(base, files, note):
     """All files of a picture, the JSON last; earlier files that are not among them go.
 
     Two runs may write the same picture's files, with different settings, and either may be killed:
@@ -352,31 +357,39 @@ def write_set(base, files, note, old):
     -> False when overtaken
     """
     parts, mine = base.with_name(f".{base.name}_depth"), secrets.token_hex(4)  # no longer a name
-    begun = {"source": note["source"], "files": sorted({*old.get("files", ENDINGS), *files})}
-    files = {"claim": partial(write_json, note=begun), **files,
-             "_depth.json": partial(write_json, note={**note, "files": sorted(files)})}
+
+    def write_part(end, write):
+        with open(parts / f"{mine}{end}.part", "wb") as file:
+            write(file)
+
+    def rename_part(end, to):
+        os.replace(parts / f"{mine}{end}.part", f"{base}{to}")
+
     try:
         parts.mkdir(exist_ok=True)
         for end, write in files.items():
-            with open(parts / f"{mine}{end}.part", "wb") as file:
-                write(file)
+            write_part(end, write)
+        write_part("_depth.json", partial(write_json, note={**note, "files": sorted(files)}))
         for part in parts.glob("*.part"):
             if not part.name.startswith(mine):
                 with suppress(PermissionError):  # Windows: still open, so its run renames nothing
                     part.unlink(missing_ok=True)
-        os.replace(parts / f"{mine}claim.part", f"{base}_depth.json")
-        for end in ENDINGS:
-            if end in begun["files"] and end not in files:
+        old = (read_note(base) or {}).get("files", ENDINGS)
+        begun = {"source": note["source"], "files": sorted({*old, *files})}
+        write_part("begun", partial(write_json, note=begun))
+        rename_part("begun", "_depth.json")
+        for end in ENDINGS[1:]:
+            if end in old and end not in files:
                 Path(f"{base}{end}").unlink(missing_ok=True)
-        for end in list(files)[1:]:
-            os.replace(parts / f"{mine}{end}.part", f"{base}{end}")
+        for end in [*files, "_depth.json"]:
+            rename_part(end, end)
         return True
     except FileNotFoundError:
         return False
     finally:
-        for part in parts.glob(f"{mine}*.part"):
-            part.unlink(missing_ok=True)
-        with suppress(OSError):  # not empty: another run is at work in it
+        with suppress(OSError):  # the folder is not empty: another run is at work in it
+            for part in parts.glob(f"{mine}*.part"):
+                part.unlink(missing_ok=True)
             parts.rmdir()
 
 
@@ -384,19 +397,22 @@ def write_json(file, note):
     file.write((json.dumps(note, indent=1) + "\n").encode("ascii"))
 
 
-def is_done(base, note, settings):
+def is_done(out, picture, settings):
     """Are the results there, of the same picture, weights, size, precision and outputs?"""
-    return bool(note) and note.get("settings") == settings and all(
-        os.path.exists(f"{base}{end}") for end in note["files"])
+    with suppress(OSError):  # saving them will give the reason
+        base, note = find_name(out, picture)
+        return bool(note) and note.get("settings") == settings and all(
+            os.path.exists(f"{base}{end}") for end in note["files"])
+    return False
 
 
 def save(out, picture, files, note, again):
     """All files of one picture, under a name of its own -> that name, a path without ending."""
     for _ in range(20):
-        base, old = claim_name(out, picture)
-        if not again and is_done(base, old, note["settings"]):  # another run came before
-            return base
-        if write_set(base, files, note, old):
+        if not again and is_done(out, picture, note["settings"]):  # another run came before
+            return find_name(out, picture)[0]
+        base = claim_name(out, picture)
+        if write_set(base, files, note):
             return base
         time.sleep(random.uniform(0, 0.2))
     raise OSError(f"other runs keep writing {base}: let one of them end first")
@@ -515,7 +531,7 @@ def run(a):
                 "precision": str(model.unet.dtype).removeprefix("torch."), "known": a.known,
                 "format": a.out_format, "cloud": [a.focal, a.fov, a.near, a.far] if a.ply else None}
     todo = [p for p in pictures if a.again or not is_done(
-        *find_name(a.out, p), {**settings, "picture": p.stamp})]
+        a.out, p, {**settings, "picture": p.stamp})]
     print(f"values: {MEANING[target]}")
     # A bar for more than one picture; in a log file, which keeps every state, rarely a new one.
     bar = tqdm(total=len(todo), unit="picture", disable=len(todo) < 2, file=sys.stderr,

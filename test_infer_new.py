@@ -631,6 +631,14 @@ class TestInfer:
         assert run(picture(f"{name}.png")).status == 0
         assert run.files() == four(name)
 
+    @pytest.mark.parametrize("letters", [247, 250])
+    def test_names_that_are_too_long_are_a_sentence(self, run, letters):
+        Path("out").mkdir()
+        Path("out", "n" * letters + "_depth.npy"[:255 - letters]).write_bytes(b"mine")
+        result = run(picture("n" * letters + ".png"))
+        assert result.status == 1
+        assert "File name too long" in result.err
+
     def test_a_claim_of_a_killed_run_is_taken_up(self, run):
         path = picture("a.png")
         Path("out/.a_depth").mkdir(parents=True)
@@ -667,18 +675,19 @@ class TestInfer:
         base, replace, calls = Path("out/a"), os.replace, []
         Path("out").mkdir()
 
-        def files(who):
-            return {end: lambda file: file.write(who) for end in ("_depth.npy", "_depth.png")}
+        def files(who, *more):
+            return {end: lambda file: file.write(who)
+                    for end in ("_depth.npy", "_depth.png", *more)}
 
         def overtaken(source, target):
             calls.append(target)
             if len(calls) == 3:  # the claim and the .npy are renamed, the .png is not
-                infer.write_set(base, files(b"B"), {"source": "a", "settings": 2}, {"files": []})
+                infer.write_set(base, files(b"B", "_cloud.ply"), {"source": "a", "settings": 2})
             replace(source, target)
 
         infer.os.replace, done = overtaken, None
         try:
-            done = infer.write_set(base, files(b"A"), {"source": "a", "settings": 1}, {"files": []})
+            done = infer.write_set(base, files(b"A"), {"source": "a", "settings": 1})
         finally:
             infer.os.replace = replace
         assert done is False
@@ -686,13 +695,27 @@ class TestInfer:
         assert Path("out/a_depth.png").read_bytes() == b"B"
         assert note("a")["settings"] == 2
 
+    def test_files_that_another_run_added_meanwhile_go_with_its_set(self, run):
+        base = Path("out/a")
+        Path("out").mkdir()
+
+        def slow(file):  # while this run writes its parts, another one writes a whole set
+            other = dict.fromkeys(("_depth.npy", "_cloud.ply"), lambda file: file.write(b"B"))
+            infer.write_set(base, other, {"source": "a", "settings": 2})
+            file.write(b"A")
+
+        while not infer.write_set(base, {"_depth.npy": slow}, {"source": "a", "settings": 1}):
+            slow = lambda file: file.write(b"A")  # noqa: E731
+        assert run.files() == ["a_depth.json", "a_depth.npy"]
+        assert Path("out/a_depth.npy").read_bytes() == b"A"
+
     def test_a_killed_run_leaves_no_set_that_looks_complete(self, run, monkeypatch):
         """Killed after any number of renames: the JSON says complete only if all files are its."""
         path = picture("a.png")
         run(path)
         old = {f: Path("out", f).read_bytes() for f in run.files()}
         replace = os.replace
-        for n in range(5):
+        for n in range(5):  # five renames
             left = [n]
 
             def die(source, target):
