@@ -1,19 +1,16 @@
 """From pictures to depth maps: one feed-forward pass each (Eq. 1), no noise, no steps, no ensemble.
 
     python infer.py photo.jpg holiday/ --out out                  # files, folders, several of each
-    python infer.py photo.jpg --checkpoint runs/mine --ply --fov 70
-    python infer.py photo.jpg --known 320,240=2.5 --known 80,400=1.1        # a map in metres, too
+    python infer.py photo.jpg --known 320,240=2.5 --known 80,400=1.1 --ply     # in metres, a cloud
+    values = predict_image(FiffDepth.from_pretrained(folder), "photo.jpg")  # float32 [H, W]
 
 Of photo.jpg it makes photo_depth.npy (float32 [H, W]), photo_depth.png (16 bits, value x 65535),
 photo_color.png (to look at: near red, far blue) and photo_depth.json (what the values mean, how
 they were made). Sub-folders are mirrored. Values are relative, from 0 to 1: of a disparity model
 larger is nearer, of a depth model larger is farther.
 
-    model = FiffDepth.from_pretrained("nano/weights/fiffdepth")
-    values = predict_image(model, "photo.jpg")                    # float32 [H, W] in [0, 1]
-
-The way of a picture, as `run` goes it: find_pictures -> open_image -> to_network -> forward
--> to_picture -> claim_name -> write_set.
+The way of a picture in `run`: find_pictures -> open_image -> to_network -> forward -> to_picture
+-> claim_name -> write_set.
 """
 import argparse
 import hashlib
@@ -590,8 +587,8 @@ def check_flags(a):
     for flag, value in (("--size", a.size), ("--batch", a.batch)):
         if value is not None and value < 1:
             raise UserError(f"{flag} {value}: must be at least 1")
-    if not a.max_megapixels > 0:
-        raise UserError(f"--max_megapixels {a.max_megapixels:g}: must be more than 0")
+    if not 0 < a.max_megapixels < float("inf"):
+        raise UserError(f"--max_megapixels {a.max_megapixels:g}: must be a number above 0")
     if a.fov is not None and not 0 < a.fov < 180:
         raise UserError(f"--fov {a.fov:g}: must lie between 0 and 180 degrees")
     if a.fov is not None and a.focal:
