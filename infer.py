@@ -77,15 +77,15 @@ COLORS = np.array([  # far to near, evenly spaced
 
 
 def network_size(height, width, longer, enlarge=False):
-    """(h, w), in pixels, that the network sees: no side is 0; larger than the picture only to
-    `enlarge`."""
+    """(height, width) in pixels of what the network sees: no side is 0, and it is larger than the
+    picture only to `enlarge`."""
     scale = longer / max(height, width)
     scale = scale if enlarge else min(1, scale)
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def to_network(rgb, size):
-    """Picture, uint8 [H, W, 3] -> float32 [h, w, 3] in [-1, 1], scaled down to (h, w) = size.
+    """Picture, uint8 [H, W, 3] -> float32 [*size, 3] in [-1, 1], scaled.
 
     One channel after the other: the whole picture in floats would take four times its memory."""
     if size[1] == 1 < size[0]:  # torch 2.13 fills a single column of one channel with its first row
@@ -102,7 +102,7 @@ def to_network(rgb, size):
 
 @torch.inference_mode()
 def forward(model, x):
-    """[B, h, w, 3] in [-1, 1] -> the network's maps [B, h, w] in [-1, 1], on the CPU."""
+    """[B, *size, 3] in [-1, 1] -> the network's maps [B, *size] in [-1, 1], on the CPU."""
     y = model(x.permute(0, 3, 1, 2).to(model.prompt.device)).float().cpu()[:, 0]
     if not y.isfinite().all():
         raise BadFrame("the network's result is not finite; --dtype float32 has the widest range")
@@ -110,7 +110,7 @@ def forward(model, x):
 
 
 def to_picture(y, full):
-    """A map of the network, [h, w] in [-1, 1] -> values, float32 [H, W] in [0, 1]; full = (H, W)"""
+    """A map of the network in [-1, 1] -> values, float32 [H, W] in [0, 1]; full = (H, W)"""
     if y.shape != full:
         y = F.interpolate(y[None, None], full, mode="bilinear", antialias=True)[0, 0]
     return y.add(1).div_(2).clamp_(0, 1).numpy()
@@ -472,14 +472,14 @@ def ignored(others):
 
 class Opened(NamedTuple):
     picture: Picture
-    x: torch.Tensor          # [h, w, 3] in [-1, 1], as the network sees it
+    x: torch.Tensor          # [*size, 3] in [-1, 1], as the network sees it
     full: tuple              # (H, W)
     rgb: np.ndarray | None   # uint8 [H, W, 3], for the colours of the cloud alone
 
 
 def open_batches(pictures, size, a, fail, say):
     """Yields [Opened] of one size, at most --batch, holding at most twice as many."""
-    waiting = defaultdict(list)  # (h, w, 3) -> batch
+    waiting = defaultdict(list)  # (*size, 3) -> batch
     for picture in pictures:
         notes = []
         try:
@@ -498,7 +498,7 @@ def open_batches(pictures, size, a, fail, say):
 
 
 def predict_each(model, batch, fail):
-    """[Opened] -> yields (Opened, the network's map [h, w]).
+    """[Opened] -> yields (Opened, the network's map [*size]).
 
     When a batch fails, for want of memory or for one bad result, each picture is tried alone."""
     try:
