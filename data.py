@@ -19,6 +19,7 @@ import os
 import re
 import sys
 import tarfile
+import warnings
 import zlib
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -27,10 +28,11 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 TRIES = 20          # more unusable frames than this in a row: the set itself is wrong
 
 
@@ -54,10 +56,11 @@ def explain(error):
 
 # ---------------------------------------------------------------------------------------- storage
 
-def walk(root):
-    """POSIX names of all visible files below a folder, through symbolic links."""
+def walk(root, onerror=None):
+    """POSIX names of all visible files below a folder, through symbolic links.
+    onerror  is called with the OSError of each folder that cannot be read"""
     seen = set()                                    # real paths: a circular link must end
-    for folder, subfolders, files in os.walk(root, followlinks=True):
+    for folder, subfolders, files in os.walk(root, onerror=onerror, followlinks=True):
         if os.path.realpath(folder) in seen:
             subfolders.clear()
             continue
@@ -152,47 +155,116 @@ def load(data, what="picture"):
     """File contents -> PIL image, fully decoded (Pillow is lazy: damage shows only in load)."""
     if not data:
         raise BadFrame(f"{what} file is empty (0 bytes)")
+    image, heif = None, data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS
+    if heif and not has_heif():
+        raise BadFrame(f"{what} is HEIF, which needs another package: pip install pillow-heif")
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
     except UnidentifiedImageError as error:         # its own text is a memory address
-        raise BadFrame(f"{what} is not an image file") from error
-    except Exception as error:                      # OSError, SyntaxError, a bomb, ...
-        raise BadFrame(f"{what} is damaged ({error})") from error
+        raise BadFrame(f"{what} is not an image file, or of a kind that Pillow does not read: "
+                       "convert it to PNG or JPEG") from error
+    except Image.DecompressionBombError as error:
+        raise BadFrame(f"{what} has more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels, "
+                       "the limit that keeps a file from filling the memory: scale it down, or "
+                       "raise the limit (infer.py: --max_megapixels)") from error
+    except Exception as error:                      # OSError, SyntaxError, ...
+        if image is not None and image.format in unreadable_formats():
+            raise BadFrame(f"{what} is a file of the format {image.format}, which Pillow does not "
+                           "read: convert it to PNG or JPEG") from error
+        raise BadFrame(f"{what} is damaged, or stored in a way that Pillow does not read "
+                       f"({explain(error)})") from error
     return image
 
 
-def open_image(source, upright=True):
+@lru_cache
+def has_heif():
+    """Can .heic and .heif be read? A package adds them to Pillow."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
+
+
+@lru_cache
+def unreadable_formats():
+    """What Pillow recognises and cannot decode, or only by starting another program."""
+    Image.init()
+    stubs = {name for name, (opener, _) in Image.OPEN.items()
+             if isinstance(opener, type) and issubclass(opener, ImageFile.StubImageFile)}
+    return stubs | {"EPS", "MPEG", "PALM", "PDF"}
+
+
+@lru_cache
+def readable_suffixes():
+    """Endings, in lower case, of all pictures that Pillow reads here: what folders are searched
+    for. It depends on the packages that are installed; IMAGE_SUFFIXES are the usual ones."""
+    has_heif()
+    Image.init()
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items()
+                     if name not in unreadable_formats())
+
+
+def open_image(source, upright=True, notes=None):
     """A picture, as bytes or path -> uint8 [H, W, 3]. Raises BadFrame.
 
     upright  turned as its EXIF tag says; False: as stored, for a picture whose depth map is so
+    notes    a list: sentences about what was unusual and was read nevertheless are added to it
     """
+    notes = [] if notes is None else notes
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
     except OSError as error:
-        raise BadFrame(f"picture cannot be read ({error.strerror})") from error
-    image = load(data)
-    try:                                            # cameras store the rotation beside the pixels
-        image = ImageOps.exif_transpose(image) if upright else image
-    except Exception:                               # damaged EXIF, sound pixels: as stored
-        pass
+        broken = os.path.islink(source) and not os.path.exists(source)
+        link = f", a link to {os.path.realpath(source)}" if broken else ""
+        raise BadFrame(f"picture cannot be read ({error.strerror}{link})") from error
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        image = load(data)
+        try:                                        # cameras store the rotation beside the pixels
+            if upright:
+                ImageOps.exif_transpose(image, in_place=True)
+        except Exception:                           # sound pixels: as stored
+            notes.append("its EXIF data is damaged, so a rotation in it is not known")
+    notes += dict.fromkeys(f"Pillow says: {explain(w.message)}" for w in caught if w.category
+                           not in (Image.DecompressionBombWarning, DeprecationWarning))
     try:
-        return np.asarray(to_rgb(image))
+        return np.asarray(to_rgb(image, notes))
     except ValueError as error:                     # a colour space Pillow cannot convert
         raise BadFrame(f"picture of mode {image.mode} cannot become RGB ({error})") from error
 
 
-def to_rgb(image):
+def to_rgb(image, notes=None):
     """Any PIL mode -> RGB, where .convert alone would clip 16-bit grey and bare hidden colours."""
     if image.mode[0] in "IF":                       # I;16, I;16B, I, F
-        grey = np.asarray(image)
-        if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
-            raise ValueError("not within 16 bits")
-        image = Image.fromarray((grey / 257).round().astype(np.uint8))
+        image = Image.fromarray(grey_to_8_bits(np.asarray(image), [] if notes is None else notes))
     elif image.has_transparency_data:               # on white, as on a page
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def grey_to_8_bits(grey, notes):
+    """Grey of more than 8 bits, [H, W] -> uint8 [H, W].
+
+    White is 65535, as in a 16-bit photograph. But data of 10, 12 or 14 bits, of a thermal camera or
+    in floats, would be nearly black or flat so: where all but 0.2 % of the values span less than a
+    quarter of the 16 bits, or do not lie within them, that span is stretched to black ... white.
+    """
+    known = grey[np.isfinite(grey)]
+    if not known.size:
+        raise ValueError("no value is finite")
+    low, high = np.percentile(known, (0.1, 99.9), method="nearest").tolist()
+    sixteen_bits = known.min() >= 0 and known.max() <= 65535 and grey.dtype.kind in "iu"
+    if sixteen_bits and (high == low or high - low >= 2 ** 14):
+        return (grey / np.float32(257)).round().astype(np.uint8)
+    if high == low:
+        raise ValueError("all values are equal")
+    notes.append(f"its grey values {low:g} ... {high:g} are stretched to black ... white")
+    share = (np.nan_to_num(grey, nan=low).astype(np.float64) - low) / (high - low)
+    return (share.clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def png16(data):

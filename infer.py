@@ -1,50 +1,67 @@
 """From pictures to depth maps: one feed-forward pass each (Eq. 1), no noise, no steps, no ensemble.
 
     python infer.py photo.jpg holiday/ --out out                  # files, folders, several of each
-    python infer.py photo.jpg --checkpoint runs/mine --ply --fov 70
+    python infer.py photo.jpg --known 320,240=2.5 --known 80,400=1.1 --ply     # in metres, a cloud
+    values = predict_image(FiffDepth.from_pretrained(folder), "photo.jpg")  # float32 [H, W]
 
 Of photo.jpg it makes photo_depth.npy (float32 [H, W]), photo_depth.png (16 bits, value x 65535),
-photo_color.png (to look at: near red, far blue), photo_depth.json (what the values mean) and, with
---ply, photo_cloud.ply. Sub-folders are mirrored. Values are relative, from 0 to 1: of a disparity
-model larger is nearer, of a depth model larger is farther.
+photo_color.png (to look at: near red, far blue) and photo_depth.json (what the values mean, how
+they were made). Sub-folders are mirrored. Values are relative, from 0 to 1: of a disparity model
+larger is nearer, of a depth model larger is farther.
 
-    model = FiffDepth.from_pretrained("nano/weights/fiffdepth")
-    values = predict_image(model, "photo.jpg")                    # float32 [H, W] in [0, 1]
+The way of a picture in `run`: find_pictures -> open_image -> to_network -> forward -> to_picture
+-> claim_name -> write_set.
 """
 import argparse
-import io
+import hashlib
 import json
+import math
 import os
+import random
+import secrets
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
+from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
-if __name__ == "__main__":
-    # diffusers imports transformers for pipelines that are not used here, a fifth of the time this
-    # command takes to start. It does without where there is none, so while it loads there is none.
-    sys.modules["transformers"] = None
-    # Threads that wait should sleep: on a machine with other work, spinning takes twice as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image, ImageOps
-from PIL.PngImagePlugin import PngInfo
-from tqdm import tqdm
+@contextmanager
+def fast_start():
+    """For imports of this file as a command: what they need not load is hidden from them.
 
-from data import (IMAGE_SUFFIXES, BadFrame, HelpFormatter, UserError, explain, open_image, to_rgb,
-                  walk)
-from model import FiffDepth, choose_device, choose_dtype, fetch
+    diffusers imports transformers, for pipelines that are not used here, wherever it is installed;
+    that is a fifth of the command's start. Where it is not installed, diffusers does without.
+    """
+    as_command = __name__ == "__main__"
+    if as_command:
+        sys.modules["transformers"] = None
+        # Threads that wait should sleep: beside other work, spinning takes twice as long.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    yield
+    if as_command:
+        del sys.modules["transformers"]  # the authors' layout needs its text encoder
 
-if __name__ == "__main__":
-    del sys.modules["transformers"]  # a folder in the authors' layout needs its text encoder
+
+with fast_start():
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+    from PIL import Image, ImageOps
+    from PIL.PngImagePlugin import PngInfo
+    from tqdm import tqdm
+
+    from data import (BadFrame, HelpFormatter, UserError, command, explain, has_heif, open_image,
+                      readable_suffixes, to_rgb, walk)
+    from model import FiffDepth, choose_device, choose_dtype, fetch, name_of
 
 HERE = Path(__file__).resolve().parent
-ENDINGS = ("_depth.json", "_depth.npy", "_depth.png", "_color.png", "_cloud.ply")
-SOFTWARE = "FiffDepth"  # stands in each PNG, so that a later run does not take it for a picture
+ENDINGS = ("_depth.json", "_depth.npy", "_depth.tiff", "_depth.png", "_color.png", "_metres.npy",
+           "_metres.tiff", "_cloud.ply")
+SOFTWARE = "FiffDepth"  # stands in each picture, so that a later run does not take it for its input
 MEANING = {
     "disparity": "relative disparity in [0, 1], larger = nearer (1/depth, scale and shift unknown)",
     "depth": "relative depth in [0, 1], larger = farther (depth, scale and shift unknown)",
@@ -60,13 +77,45 @@ COLORS = np.array([  # far to near, evenly spaced
 
 
 def network_size(height, width, longer, enlarge=False):
-    """(H, W) the network sees: never a side of 0, and larger than the picture only to `enlarge`."""
+    """(height, width) in pixels of what the network sees: no side is 0, and it is larger than the
+    picture only to `enlarge`."""
     scale = longer / max(height, width)
     scale = scale if enlarge else min(1, scale)
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
+def to_network(rgb, size):
+    """Picture, uint8 [H, W, 3] -> float32 [*size, 3] in [-1, 1], scaled.
+
+    One channel after the other: the whole picture in floats would take four times its memory."""
+    if size[1] == 1 < size[0]:  # torch 2.13 fills a single column of one channel with its first row
+        return to_network(rgb.swapaxes(0, 1), size[::-1]).transpose(0, 1)
+    x = torch.empty(*size, 3)
+    for c in range(3):
+        channel = torch.from_numpy(rgb[..., c].astype(np.float32)).div_(127.5).sub_(1)
+        if channel.shape != size:
+            channel = F.interpolate(channel[None, None], size, mode="bilinear",
+                                    antialias=True)[0, 0]
+        x[..., c] = channel
+    return x
+
+
 @torch.inference_mode()
+def forward(model, x):
+    """[B, *size, 3] in [-1, 1] -> the network's maps [B, *size] in [-1, 1], on the CPU."""
+    y = model(x.permute(0, 3, 1, 2).to(model.prompt.device)).float().cpu()[:, 0]
+    if not y.isfinite().all():
+        raise BadFrame("the network's result is not finite; --dtype float32 has the widest range")
+    return y
+
+
+def to_picture(y, full):
+    """A map of the network in [-1, 1] -> values, float32 [H, W] in [0, 1]; full = (H, W)"""
+    if y.shape != full:
+        y = F.interpolate(y[None, None], full, mode="bilinear", antialias=True)[0, 0]
+    return y.add(1).div_(2).clamp_(0, 1).numpy()
+
+
 def predict_batch(model, rgb, size=None, enlarge=False):
     """Pictures of one size, uint8 [B, H, W, 3] -> values, float32 [B, H, W] in [0, 1].
 
@@ -74,17 +123,9 @@ def predict_batch(model, rgb, size=None, enlarge=False):
     enlarge  scale smaller pictures up to it (a benchmark's protocol); by default they keep theirs
     The scaling is done on the CPU, so that it is the same whatever the device.
     """
-    full = rgb.shape[1:3]
-    x = torch.tensor(rgb).permute(0, 3, 1, 2).float() / 127.5 - 1  # [B, 3, H, W] in [-1, 1]
-    small = network_size(*full, size or model.info["size"], enlarge)
-    if small != full:
-        x = F.interpolate(x, small, mode="bilinear", antialias=True)
-    y = model(x.to(model.prompt.device)).float().cpu()  # [B, 1, h, w] in [-1, 1]
-    if not y.isfinite().all():
-        raise BadFrame("the network's result is not finite; --dtype float32 has the widest range")
-    if small != full:
-        y = F.interpolate(y, full, mode="bilinear", antialias=True)
-    return ((y[:, 0] + 1) / 2).clamp(0, 1).numpy()
+    small = network_size(*rgb.shape[1:3], size or model.info["size"], enlarge)
+    maps = forward(model, torch.stack([to_network(one, small) for one in rgb]))
+    return np.stack([to_picture(y, rgb.shape[1:3]) for y in maps])
 
 
 def predict_image(model, image, size=None):
@@ -98,25 +139,93 @@ def predict_image(model, image, size=None):
     return predict_batch(model, image[None], size)[0]
 
 
-def predict_group(model, group, size):
-    """[(picture, rgb)] of one size -> yields (picture, rgb, values or the reason for none).
+def identity(where, *nets):
+    """A short digest of some numbers of every weight: another training gives another."""
+    digest = hashlib.sha1(where.encode())
+    for net in nets:
+        for name, value in net.state_dict().items():
+            some = value.detach().reshape(-1)[::max(1, value.numel() // 64)].float().cpu().numpy()
+            digest.update(name.encode() + some.tobytes())
+    return digest.hexdigest()[:12]
 
-    When a batch fails, for want of memory or for one bad result, each picture is tried alone."""
-    if isinstance(group[0][1], str):  # it could not be read, and this is why
-        yield group[0][0], None, group[0][1]
-        return
-    reason = None
-    try:
-        maps = predict_batch(model, np.stack([rgb for _, rgb in group]), size)
-    except FAILURES as error:
-        reason = explain(error)  # the text alone: the exception would keep the batch in memory
-    if reason is None:
-        yield from ((picture, rgb, values) for (picture, rgb), values in zip(group, maps))
-    elif len(group) == 1:
-        yield *group[0], reason
-    else:
-        for one in group:
-            yield from predict_group(model, [one], size)
+
+# ---------------------------------------------------------------- values to metres and points
+
+
+def fit_metres(values, known, target):
+    """Scale and shift from known distances -> (metres, float32 [H, W], [error at each point, m]).
+
+    known  [(x, y, metres)], two or more, x to the right and y down from the upper left pixel 0,0
+    Least squares in the model's space: 1/z (disparity) or z (depth) = scale value + shift. NaN
+    where that is no distance in front of the camera.
+    """
+    H, W = values.shape
+    for x, y, _ in known:
+        if not (x < W and y < H):
+            raise UserError(f"--known {x},{y}: outside the picture, which has {W} x {H} pixels")
+    z = np.array([metres for _, _, metres in known])
+    at = np.array([values[y, x] for x, y, _ in known], np.float64)
+    if np.ptp(at) < 1e-3:
+        raise UserError(f"--known: the map is the same at all points ({at.min():.4f} to "
+                        f"{at.max():.4f}); choose some that are nearer and some that are farther")
+    scale, shift = np.polyfit(at, 1 / z if target == "disparity" else z, 1)
+    if scale <= 0 or (scale * at + shift <= 0).any():
+        raise UserError("--known: these distances contradict the map, where what is said to be "
+                        "nearer is farther away or a point is behind the camera; check x, y and "
+                        "metres of each")
+    metres = (values * scale + shift).astype(np.float32)
+    metres[metres <= 0] = np.nan
+    if target == "disparity":
+        np.reciprocal(metres, out=metres)
+    return metres, [float(metres[y, x]) - distance for x, y, distance in known]
+
+
+def assumed_metres(values, target, near, far):
+    """Values -> z, where the nearest value there can be is `near` metres away, the farthest `far`:
+    1/z (disparity) or z (depth) is linear in the value."""
+    if target == "disparity":
+        return 1 / (values / np.float64(near) + (1 - values) / np.float64(far))
+    return (1 - values) * np.float64(near) + values * np.float64(far)
+
+
+def focal_length(a, path, H, W):
+    """-> (pixels, where that comes from): --focal or --fov, the picture's EXIF, or 60 degrees.
+
+    Millimetres are those of 35 mm film, compared by the diagonal of its 36 x 24 mm frame, as the
+    makers of cameras do (CIPA DCG-001)."""
+    film = math.hypot(W, H) / math.hypot(36, 24)  # pixels a millimetre
+    if a.focal:
+        number = float(a.focal.removesuffix("mm"))
+        return (number * film if a.focal.endswith("mm") else number), f"--focal {a.focal}"
+    exif = 0
+    if a.fov is None:
+        with suppress(Exception), Image.open(path) as image:  # EXIF may be damaged in any way
+            exif = float(image.getexif().get_ifd(0x8769).get(0xA405, 0))  # FocalLengthIn35mmFilm
+    if exif > 0:
+        return exif * film, f"EXIF, {exif:g} mm of 35 mm film"
+    fov = 60.0 if a.fov is None else a.fov
+    said = "assumed, nothing is known of the camera" if a.fov is None else "--fov"
+    return (max(H, W) / 2 / math.tan(math.radians(fov) / 2),
+            f"{said}: {fov:g} degrees along the longer side")
+
+
+def point_cloud(file, z, rgb, focal, comment):
+    """z, metres [H, W], and colours, uint8 [H, W, 3] -> a binary PLY, one vertex for each pixel
+    whose z is a number. The camera stands at the origin: x to the right, y down, z forward.
+    focal: pixels"""
+    H, W = z.shape
+    vertices = np.empty((H, W), [("xyz", "<f4", 3), ("rgb", "u1", 3)])
+    vertices["xyz"][..., 0] = (np.arange(W) + 0.5 - W / 2) / focal * z  # pixels' centres
+    vertices["xyz"][..., 1] = (np.arange(H)[:, None] + 0.5 - H / 2) / focal * z
+    vertices["xyz"][..., 2] = z
+    vertices["rgb"] = rgb
+    vertices = vertices[np.isfinite(z)]
+    header = ["ply", "format binary_little_endian 1.0",
+              f"comment x right, y down, z forward; {comment}", f"element vertex {len(vertices)}",
+              *(f"property float {name}" for name in "xyz"),
+              *(f"property uchar {name}" for name in ("red", "green", "blue")), "end_header\n"]
+    file.write("\n".join(header).encode("ascii"))
+    file.write(vertices)
 
 
 # ---------------------------------------------------------------- values to files
@@ -127,187 +236,335 @@ def colorize(values, target):
     the picture's own minimum to maximum: they show structure and do not compare two pictures."""
     near = values if target == "disparity" else 1 - values
     low, high = near.min(), near.max()
-    place = (near - low) / (high - low) if high > low else np.full_like(near, 0.5)
-    stops = np.linspace(0, 1, len(COLORS))
-    channels = [np.interp(place, stops, COLORS[:, c]) for c in range(3)]
-    return np.stack(channels, -1).round().astype(np.uint8)
+    if low == high:
+        low, high = low - 1, high + 1  # flat: the middle
+    shares, stops = np.linspace(0, 1, 65536), np.linspace(0, 1, len(COLORS))
+    table = np.stack([np.interp(shares, stops, COLORS[:, c]) for c in range(3)], -1)
+    place = near - low
+    place *= 65535 / (high - low)
+    return table.round().astype(np.uint8).take(np.rint(place, out=place).astype(np.uint16), 0)
 
 
-def point_cloud(values, rgb, target, fov, near, far):
-    """Values [H, W], colours uint8 [H, W, 3] -> the bytes of a binary PLY, one vertex per pixel.
-
-    The camera stands at the origin and looks along +z, x to the right, y down.
-    fov        degrees from the left edge to the right
-    near, far  metres of z for the nearest and the farthest value there can be
-    """
-    H, W = values.shape
-    near_share = values.astype(np.float64) if target == "disparity" else 1.0 - values
-    if target == "disparity":
-        z = 1 / (near_share / near + (1 - near_share) / far)  # linear in 1/z
-    else:
-        z = near_share * near + (1 - near_share) * far
-    focal = W / 2 / np.tan(np.radians(fov) / 2)  # pixels
-    x = (np.arange(W) + 0.5 - W / 2) / focal  # through the centres of the pixels
-    y = (np.arange(H)[:, None] + 0.5 - H / 2) / focal
-    vertices = np.empty((H, W), [("xyz", "<f4", 3), ("rgb", "u1", 3)])
-    vertices["xyz"] = np.stack([x * z, y * z, z], -1)
-    vertices["rgb"] = rgb
-    header = ["ply", "format binary_little_endian 1.0",
-              f"comment x right, y down, z forward; assumed: horizontal view {fov:g} degrees, "
-              f"nearest {near:g} m, farthest {far:g} m", f"element vertex {H * W}",
-              *(f"property float {name}" for name in "xyz"),
-              *(f"property uchar {name}" for name in ("red", "green", "blue")), "end_header\n"]
-    return "\n".join(header).encode() + vertices.tobytes()
-
-
-def png(array, meaning):
-    text, file = PngInfo(), io.BytesIO()
+def save_png(file, array, meaning):
+    """uint8 [H, W, 3] or uint16 [H, W] -> PNG; the fastest compression is hardly larger."""
+    text = PngInfo()
     text.add_text("Software", SOFTWARE)
     text.add_text("Description", meaning)
-    Image.fromarray(array).save(file, "PNG", pnginfo=text, compress_level=3)  # fast, hardly larger
-    return file.getvalue()
+    Image.fromarray(array).save(file, "PNG", pnginfo=text, compress_level=1)
 
 
-def result_files(values, picture, target, checkpoint):
-    """{ending: bytes}, each of which carries what its values mean, or has it beside it."""
-    meaning, array = MEANING[target], io.BytesIO()
-    np.save(array, values)
-    note = {"source": str(picture.path), "checkpoint": checkpoint, "target": target,
-            "values": meaning, "png": "value x 65535",
+def save_floats(file, array, kind, meaning):
+    """float32 [H, W] -> .npy or .tiff"""
+    if kind == "npy":
+        np.save(file, array)
+    else:  # tags ImageDescription and Software
+        Image.fromarray(array).save(file, "TIFF", tiffinfo={270: meaning, 305: SOFTWARE})
+
+
+def result_files(values, one, target, a):
+    """-> ({ending: what writes it into an open file}, what the JSON says of them)"""
+    meaning, kind = MEANING[target], a.out_format
+    files = {f"_depth.{kind}": partial(save_floats, array=values, kind=kind, meaning=meaning),
+             "_depth.png": lambda file: save_png(file, np.rint(values * 65535).astype(np.uint16),
+                                                 f"{meaning}; x 65535"),
+             "_color.png": lambda file: save_png(file, colorize(values, target),
+                                                 f"near red, far blue; {meaning}")}
+    said = {"target": target, "values": meaning, "png": "value x 65535",
             "color": "near red, far blue, over the picture's own range"}
-    return {"_depth.json": (json.dumps(note, indent=1) + "\n").encode(),
-            "_depth.npy": array.getvalue(),
-            "_depth.png": png((values * 65535).round().astype(np.uint16), f"{meaning}; x 65535"),
-            "_color.png": png(colorize(values, target), f"near red, far blue; {meaning}")}
+    if a.known:
+        metres, errors = fit_metres(values, a.known, target)
+        files[f"_metres.{kind}"] = partial(save_floats, array=metres, kind=kind, meaning="metres")
+        said["metres"] = {
+            "known": a.known, "errors": errors, "note": "least squares of scale and shift; no "
+            "better than the map and these points" + (
+                "" if len(errors) > 2 else
+                ", and two are always met: a third shows how good the fit is")}
+    if a.ply:
+        focal, source = focal_length(a, one.picture.path, *values.shape)
+        said["cloud"] = (f"focal length {focal:.6g} pixels ({source}); " +
+                         (f"z from {len(a.known)} known distances" if a.known else
+                          f"assumed: nearest {a.near:g} m, farthest {a.far:g} m"))
+        files["_cloud.ply"] = lambda file: point_cloud(
+            file, metres if a.known else assumed_metres(values, target, a.near, a.far), one.rgb,
+            focal, said["cloud"])
+    return files, said
 
 
-def write(base, files):
-    """{ending: bytes} -> files. All are complete beside their places before the first is renamed;
-    the JSON, which claims the name for its picture, comes first."""
-    base.parent.mkdir(parents=True, exist_ok=True)
-    parts = {end: base.with_name(f".{base.name}{end}.{os.getpid()}.part") for end in files}
-    try:
-        for end, content in files.items():
-            parts[end].write_bytes(content)
-        for end, part in parts.items():
-            os.replace(part, f"{base}{end}")
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
-
-
-# ---------------------------------------------------------------- which pictures, under which names
+# ---------------------------------------------------------------- the names of the results
 
 
 class Picture(NamedTuple):
-    path: Path  # absolute
-    keep: int   # how many of its last parts name the result: 1, more below a folder argument
+    path: Path          # absolute
+    place: Path         # below --out: its name, below a folder argument with its sub-folders
+    stamp: list | None  # [bytes, nanoseconds of the last change]: another one is another picture
+
+
+def read_note(base, again=True):
+    """The JSON at a name, a dict; {} when another program's files are there, None when it is free.
+    """
+    try:
+        text = Path(f"{base}_depth.json").read_text(encoding="utf-8")
+        if not text and again:  # another run has just made it and is about to write into it
+            time.sleep(0.2)
+            return read_note(base, again=False)
+        note = json.loads(text)
+    except FileNotFoundError:
+        return {} if any(os.path.lexists(f"{base}{end}") for end in ENDINGS) else None
+    except OSError:  # a name that is too long would be followed by longer ones
+        if not os.path.lexists(f"{base}_depth.json"):
+            raise
+        return {}
+    except ValueError:
+        return {}
+    return note if isinstance(note, dict) else {}
+
+
+def find_name(out, picture):
+    """a, else a_jpg, else a_jpg_2, ...: the first that is free or has this picture's results.
+    -> (path without ending, the JSON there or None)"""
+    stem, suffix = picture.path.stem, picture.path.suffix.replace(".", "_")
+    for n in count():
+        base = out / picture.place.parent / (stem + ("", suffix, f"{suffix}_{n}")[min(n, 2)])
+        note = read_note(base)
+        if note is None or note.get("source") == str(picture.path):
+            return base, note
+
+
+def claim_name(out, picture):
+    """find_name, and from now on it is this picture's, for all runs: one alone can create a JSON
+    that was not there. A run that is killed leaves this claim; the next takes it up."""
+    while True:
+        base, note = find_name(out, picture)
+        if note is not None:
+            return base
+        base.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError), open(f"{base}_depth.json", "x", encoding="utf-8") as file:
+            json.dump({"source": str(picture.path), "files": []}, file)
+            return base
+
+
+def write_set(base, files, note):
+    """All files of a picture, the JSON last; earlier files that are not among them go.
+
+    Two runs may write the same picture's files, with different settings, and either may be killed:
+    the files at `base` must be of one of them. So each writes all its parts first, then deletes the
+    parts of all others, and then renames its own. Whoever finds a part of its own gone has been
+    overtaken, can rename nothing any more, and begins again; until the last rename, the JSON says
+    that the set is not complete.
+    -> False when overtaken
+    """
+    parts, mine = base.with_name(f".{base.name}_depth"), secrets.token_hex(4)  # no longer a name
+
+    def write_part(end, write):
+        with open(parts / f"{mine}{end}.part", "wb") as file:
+            write(file)
+
+    def rename_part(end, to):
+        os.replace(parts / f"{mine}{end}.part", f"{base}{to}")
+
+    try:
+        parts.mkdir(exist_ok=True)
+        for end, write in files.items():
+            write_part(end, write)
+        write_part("_depth.json", partial(write_json, note={**note, "files": sorted(files)}))
+        for part in parts.glob("*.part"):
+            if not part.name.startswith(mine):
+                with suppress(PermissionError):  # Windows: still open, so its run renames nothing
+                    part.unlink(missing_ok=True)
+        old = (read_note(base) or {}).get("files", ENDINGS)
+        begun = {"source": note["source"], "files": sorted({*old, *files})}
+        write_part("begun", partial(write_json, note=begun))
+        rename_part("begun", "_depth.json")
+        for end in ENDINGS[1:]:
+            if end in old and end not in files:
+                Path(f"{base}{end}").unlink(missing_ok=True)
+        for end in [*files, "_depth.json"]:
+            rename_part(end, end)
+        return True
+    except FileNotFoundError:
+        return False
+    finally:
+        with suppress(OSError):  # the folder is not empty: another run is at work in it
+            for part in parts.glob(f"{mine}*.part"):
+                part.unlink(missing_ok=True)
+            parts.rmdir()
+
+
+def write_json(file, note):
+    file.write((json.dumps(note, indent=1) + "\n").encode("ascii"))
+
+
+def is_done(out, picture, settings):
+    """Are the results there, of the same picture, weights, size, precision and outputs?"""
+    with suppress(OSError):  # saving them will give the reason
+        base, note = find_name(out, picture)
+        return bool(note) and note.get("settings") == settings and all(
+            os.path.exists(f"{base}{end}") for end in note["files"])
+    return False
+
+
+def save(out, picture, files, note, again):
+    """All files of one picture, under a name of its own -> that name, a path without ending."""
+    for _ in range(20):
+        if not again and is_done(out, picture, note["settings"]):  # another run came before
+            return find_name(out, picture)[0]
+        base = claim_name(out, picture)
+        if write_set(base, files, note):
+            return base
+        time.sleep(random.uniform(0, 0.2))
+    raise OSError(f"other runs keep writing {base}: let one of them end first")
+
+
+# ---------------------------------------------------------------- which pictures
 
 
 def is_result(file):
     """Did this program write it? Input and output folder may be one, or one inside the other."""
-    if not file.name.endswith(("_depth.png", "_color.png")):
+    if not file.name.endswith(ENDINGS):
         return False
-    try:
-        with open(file, "rb") as png_file:
-            return f"Software\0{SOFTWARE}".encode() in png_file.read(256)
-    except OSError:  # reading it as a picture will give the reason
-        return False
+    if file.suffix not in (".png", ".tiff"):
+        return True
+    with suppress(OSError), open(file, "rb") as content:
+        return SOFTWARE.encode() in content.read(1024)
+    return False  # reading it as a picture will give the reason
 
 
 def find_pictures(arguments):
-    """Files and folders -> [Picture], each once, and ["argument: reason"] for what has none."""
-    found, problems = {}, []
+    """Files and folders -> [Picture], each once; ["argument: reason"] for what has none; and a
+    Counter of the endings of other files in the folders."""
+    found, problems, others = {}, [], Counter()
     for argument in arguments:
-        root = Path(os.path.abspath(os.path.expanduser(argument)))
+        root, places = Path(os.path.abspath(os.path.expanduser(argument))), []
+        reason = "no such file or folder"
         if os.path.isdir(root):
-            names = [Path(n) for n in sorted(walk(root)) if n.lower().endswith(IMAGE_SUFFIXES)]
-            new = [Picture(root / n, len(n.parts)) for n in names if not is_result(root / n)]
-            reason = f"no pictures in this folder ({' '.join(IMAGE_SUFFIXES)})"
-        else:
-            new = [Picture(root, 1)] if os.path.exists(root) else []
-            reason = "no such file or folder"
-        if not new:
+            unread, reason = [], "no pictures in this folder"
+            names = [Path(n) for n in sorted(walk(root, unread.append)) if not is_result(root / n)]
+            places = [n for n in names if n.suffix.lower() in readable_suffixes()]
+            others.update(n.suffix.lower() or "no ending" for n in set(names) - set(places))
+            problems += [f"{error.filename}: {error.strerror}" for error in unread]
+        elif os.path.exists(root):
+            root, places = root.parent, [Path(root.name)]
+        elif os.path.islink(root):
+            reason = f"a broken link, to {os.readlink(root)}"
+        if not places:
             problems.append(f"{argument}: {reason}")
-        for picture in new:
-            found.setdefault(picture.path, picture)
-    return list(found.values()), problems
+        for place in places:
+            stamp = None
+            with suppress(OSError):  # a broken link: opening it gives the reason
+                status = os.stat(root / place)
+                stamp = [status.st_size, status.st_mtime_ns]
+            found.setdefault(root / place, Picture(root / place, place, stamp))
+    return list(found.values()), problems, others
 
 
-def taken(base, picture):
-    """Who else's results are at `base`; None where there are none, or this picture's own."""
-    note = Path(f"{base}_depth.json")
-    if note.exists():
-        try:
-            source = json.loads(note.read_text())["source"]
-        except (OSError, ValueError, KeyError, TypeError):  # a JSON of someone else's
-            return "another program"
-        return None if source == str(picture.path) else source
-    return "another program" if any(os.path.exists(f"{base}{end}") for end in ENDINGS) else None
-
-
-def result_name(out, picture, level=0):
-    """Path below out, without ending; from level 1 on with the suffix, then with more folders."""
-    folders = picture.path.parts[1:-1]  # part 0 is the root
-    first = max(0, len(folders) - (picture.keep - 1) - max(0, level - 1))
-    suffix = f"_{picture.path.suffix[1:]}" if level else ""
-    return out.joinpath(*folders[first:], picture.path.stem + suffix)
-
-
-def result_names(pictures, out):
-    """{picture: path below out, without ending}, no two alike and none of another picture's.
-
-    a.jpg becomes a. Where that is taken, by a picture of this run or by results of an earlier one,
-    a.jpg and a.png become a_jpg and a_png; x/a.jpg and y/a.jpg become x/a_jpg and y/a_jpg.
-    """
-    levels = dict.fromkeys(pictures, 0)
-    while True:
-        groups = defaultdict(list)
-        for p in pictures:
-            groups[result_name(out, p, levels[p])].append(p)
-        clashes = [p for base, group in groups.items() if len(group) > 1 or taken(base, group[0])
-                   for p in group if levels[p] < len(p.path.parts)]  # beyond, save refuses
-        if not clashes:
-            return {p: base for base, group in groups.items() for p in group}
-        for p in clashes:
-            levels[p] += 1
+def ignored(others):
+    """Counter of endings -> one line"""
+    heif = "" if has_heif() else " (pip install pillow-heif)"
+    shown = [f"{suffix} {n}{heif if suffix in ('.heic', '.heif') else ''}"
+             for suffix, n in others.most_common(8)]
+    rest = [f"others {others.total() - sum(dict(others.most_common(8)).values())}"]
+    return ("ignored files that are no pictures or that Pillow does not read: "
+            + ", ".join(shown + rest * (len(others) > 8)))
 
 
 # ---------------------------------------------------------------- the command
 
 
-def read_groups(pictures, batch):
-    """Yields [(picture, rgb)] of one size, at most `batch`, holding at most twice as many pictures;
-    what cannot be read comes as [(picture, reason)]."""
-    waiting = defaultdict(list)  # (H, W, 3) -> group
+class Opened(NamedTuple):
+    picture: Picture
+    x: torch.Tensor          # [*size, 3] in [-1, 1], as the network sees it
+    full: tuple              # (H, W)
+    rgb: np.ndarray | None   # uint8 [H, W, 3], for the colours of the cloud alone
+
+
+def open_batches(pictures, size, a, fail, say):
+    """Yields [Opened] of one size, at most --batch, holding at most twice as many."""
+    waiting = defaultdict(list)  # (*size, 3) -> batch
     for picture in pictures:
+        notes = []
         try:
-            rgb = open_image(picture.path)
+            rgb = open_image(picture.path, notes=notes)
+            x = to_network(rgb, network_size(*rgb.shape[:2], size))
         except FAILURES as error:
-            yield [(picture, explain(error))]
+            fail(picture, error)
             continue
-        waiting[rgb.shape].append((picture, rgb))
-        if len(waiting[rgb.shape]) == batch or sum(map(len, waiting.values())) == 2 * batch:
+        for note in notes:
+            say(f"note: {picture.path}: {note}")
+        waiting[x.shape].append(Opened(picture, x, rgb.shape[:2], rgb if a.ply else None))
+        del rgb
+        if len(waiting[x.shape]) == a.batch or sum(map(len, waiting.values())) == 2 * a.batch:
             yield waiting.pop(max(waiting, key=lambda shape: len(waiting[shape])))
     yield from waiting.values()
 
 
-def check_flags(a):
-    for flag, value in (("--size", a.size), ("--batch", a.batch)):
-        if value is not None and value < 1:
-            raise UserError(f"{flag} {value}: must be at least 1")
-    if not 0 < a.fov < 180:
-        raise UserError(f"--fov {a.fov:g}: must lie between 0 and 180 degrees")
-    if not 0 < a.near < a.far < float("inf"):
-        raise UserError(f"--near {a.near:g} --far {a.far:g}: metres, with 0 < near < far")
-    make_folder(a.out)
+def predict_each(model, batch, fail):
+    """[Opened] -> yields (Opened, the network's map [*size]).
 
-
-def make_folder(out):
+    When a batch fails, for want of memory or for one bad result, each picture is tried alone."""
     try:
-        Path(out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be made a folder ({error.strerror})") from None
+        maps = forward(model, torch.stack([one.x for one in batch]))
+    except FAILURES as error:
+        maps = None  # outside of this clause, as the exception keeps the batch in memory
+        if len(batch) == 1:
+            fail(batch[0].picture, error)
+    if maps is not None:
+        yield from zip(batch, maps)
+    elif len(batch) > 1:
+        for one in batch:
+            yield from predict_each(model, [one], fail)
+
+
+def run(a):
+    """All pictures -> exit status: 0, or 1 when some failed."""
+    check_flags(a)
+    pictures, problems, others = find_pictures(a.images)
+    if not pictures:
+        raise UserError("; ".join(problems + [ignored(others)] * bool(others)))
+    if a.known and len(pictures) > 1:
+        raise UserError(f"--known: its points are of one picture, and there are {len(pictures)}")
+    model, where = load_model(a)
+    target, size = model.info["target"], a.size or model.info["size"]
+    settings = {"weights": identity("", model.unet, model.vae), "size": size,
+                "precision": name_of(model.unet.dtype), "known": a.known,
+                "format": a.out_format, "cloud": [a.focal, a.fov, a.near, a.far] if a.ply else None}
+    todo = [p for p in pictures if a.again or not is_done(
+        a.out, p, {**settings, "picture": p.stamp})]
+    print(f"values: {MEANING[target]}")
+    # A bar for more than one picture; in a log file, which keeps every state, rarely a new one.
+    bar = tqdm(total=len(todo), unit="picture", disable=len(todo) < 2, file=sys.stderr,
+               mininterval=0.1 if sys.stderr.isatty() else 30)
+    say, saved, began = partial(bar.write, file=sys.stderr), 0, time.time()
+
+    def fail(picture, error):
+        problems.append(f"{picture.path}: {explain(error)}")
+        say(f"failed: {problems[-1]}")
+        bar.update()
+
+    for line in [f"failed: {problem}" for problem in problems] + [ignored(others)] * bool(others):
+        say(line)
+    for batch in open_batches(todo, size, a, fail, say):
+        for one, y in predict_each(model, batch, fail):
+            try:
+                files, said = result_files(to_picture(y, one.full), one, target, a)
+                note = {"source": str(one.picture.path), "checkpoint": str(a.checkpoint), **said,
+                        "device": where, "settings": {**settings, "picture": one.picture.stamp}}
+                base = save(a.out, one.picture, files, note, a.again)
+            except FAILURES as error:
+                fail(one.picture, error)
+                continue
+            if base.name != one.picture.path.stem:
+                say(f"note: {one.picture.path} is saved as {base}: its name is taken")
+            if a.known:
+                errors = ", ".join(f"{error:+.3g}" for error in said["metres"]["errors"])
+                say(f"metres: off by {errors} m at the known points; {said['metres']['note']}")
+            saved += 1
+            bar.update()
+    bar.close()
+    skipped = len(pictures) - len(todo)
+    skipped = f"{skipped} skipped as done before (--again), " if skipped else ""
+    print(f"{saved} saved in {a.out}, {skipped}{len(problems)} failed; "
+          f"{time.time() - began:.1f} s on {where}")
+    return 1 if problems else 0
 
 
 def load_model(a):
@@ -315,62 +572,55 @@ def load_model(a):
     device = choose_device(a.device)
     dtype = choose_dtype(a.dtype, device)
     model = FiffDepth.from_pretrained(a.checkpoint, vae=a.vae, dtype=dtype)
-    if model.info.get("target") not in MEANING or not isinstance(model.info.get("size"), int):
-        raise UserError(f"{a.checkpoint}: its fiffdepth.json must hold a target, disparity or "
-                        "depth, and a size in pixels")
-    if "steps" not in model.info and (fetch(a.checkpoint, "unet/config.json", "") / "scheduler/scheduler_config.json").exists():
+    folder = fetch(a.checkpoint, "unet/config.json", "a checkpoint")
+    if "steps" not in model.info and (folder / "scheduler/scheduler_config.json").exists():
         print(f"note: nothing in {a.checkpoint} says that train.py trained it for depth; from a "
               "bare generator expect noise", file=sys.stderr)
     torch.backends.cudnn.deterministic = True  # the same bits each time
-    return model.to(device), f"{device}, {str(dtype).removeprefix('torch.')}"
+    return model.to(device), f"{device}, {name_of(dtype)}"
 
 
-def save(base, picture, rgb, values, target, a):
-    """-> None, or the reason why nothing was saved."""
+def check_flags(a):
+    """Impossible values are a sentence each; --known becomes [[x, y, metres]]."""
+    for flag, value in (("--size", a.size), ("--batch", a.batch)):
+        if value is not None and value < 1:
+            raise UserError(f"{flag} {value}: must be at least 1")
+    if not 0 < a.max_megapixels < float("inf"):
+        raise UserError(f"--max_megapixels {a.max_megapixels:g}: must be a number above 0")
+    if a.fov is not None and not 0 < a.fov < 180:
+        raise UserError(f"--fov {a.fov:g}: must lie between 0 and 180 degrees")
+    if a.fov is not None and a.focal:
+        raise UserError("--fov and --focal say the same thing: give one of them")
+    if a.focal and not positive(a.focal.removesuffix("mm")):
+        raise UserError(f"--focal {a.focal}: expected pixels, like 1200, or millimetres of 35 mm "
+                        "film, like 28mm")
+    if not 0 < a.near < a.far < float("inf"):
+        raise UserError(f"--near {a.near:g} --far {a.far:g}: metres, with 0 < near < far")
+    known = []
+    for text in a.known:
+        place, _, metres = text.partition("=")
+        x, _, y = place.partition(",")
+        if not (x.strip().isdecimal() and y.strip().isdecimal() and positive(metres)):
+            raise UserError(f"--known {text}: expected X,Y=METRES, like 320,240=2.5")
+        known.append([int(x), int(y), float(metres)])
+    if len(known) == 1:
+        raise UserError("--known: scale and shift are two unknowns, so give two points or more")
+    a.known = known
+    Image.MAX_IMAGE_PIXELS = round(a.max_megapixels * 1e6 / 2)  # Pillow refuses twice as many
+    make_folder(a.out)
+
+
+def positive(text):
+    with suppress(ValueError):
+        return 0 < float(text) < float("inf")
+    return False
+
+
+def make_folder(out):
     try:
-        other = taken(base, picture)  # again, now: another run may have come between
-        if other:
-            return f"{base} holds results of {other}: choose another --out"
-        files = result_files(values, picture, target, str(a.checkpoint))
-        if a.ply:
-            files["_cloud.ply"] = point_cloud(values, rgb, target, a.fov, a.near, a.far)
-        write(base, files)
-    except FAILURES as error:
-        return explain(error)
-
-
-def run(a):
-    """All pictures -> exit status: 0, or 1 when some failed."""
-    check_flags(a)
-    pictures, problems = find_pictures(a.images)
-    if not pictures:
-        raise UserError("; ".join(problems))
-    model, where = load_model(a)
-    target, names = model.info["target"], result_names(pictures, a.out)
-    print(f"values: {MEANING[target]}")
-    for problem in problems:
-        print(f"failed: {problem}", file=sys.stderr)
-    for picture, base in names.items():
-        if base != result_name(a.out, picture):
-            print(f"note: {picture.path} is saved as {base}: its name is taken", file=sys.stderr)
-    began = time.time()
-    # A bar for more than one picture; in a log file, which keeps every state, rarely a new one.
-    bar = tqdm(total=len(pictures), unit="picture", disable=len(pictures) == 1, file=sys.stderr,
-               mininterval=0.1 if sys.stderr.isatty() else 30)
-    done = 0
-    for group in read_groups(pictures, a.batch):
-        for picture, rgb, values in predict_group(model, group, a.size):
-            reason = values if isinstance(values, str) else None
-            reason = reason or save(names[picture], picture, rgb, values, target, a)
-            if reason:
-                problems.append(f"{picture.path}: {reason}")
-                bar.write(f"failed: {problems[-1]}", file=sys.stderr)
-            done += not reason
-            bar.update()
-    bar.close()
-    seconds = time.time() - began
-    print(f"{done} saved in {a.out}, {len(problems)} failed; {seconds:.1f} s on {where}")
-    return 1 if problems else 0
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be made a folder ({error.strerror})") from None
 
 
 def flags():
@@ -384,36 +634,48 @@ def flags():
     add("--vae", metavar="DIR|HUB_ID",
         help="another autoencoder of the same latent space; without it, the checkpoint's own")
     add("--out", type=Path, default=Path("out"), metavar="DIR", help="folder of the results")
+    add("--again", action="store_true", help="do anew what was done before; by default, results of "
+        "the same picture, weights, size, precision and outputs are left as they are")
     add("--size", type=int, metavar="PIXELS", help="longer side in the network, smaller pictures "
         "keep their own; without it, that of the training (Sec. 4.1)")
     add("--batch", type=int, default=4, metavar="PICTURES",
         help="pictures of one size computed together; memory grows with it")
+    add("--max_megapixels", type=float, default=179.0, metavar="MEGAPIXELS", help="larger pictures "
+        "are refused: a small file may unpack to fill the memory. 50 megapixels take 1.5 GB")
     add("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"),
-        help="precision of the network; auto is float16 on CUDA, else float32")
+        help="precision of the network; auto is the fastest that is safe on the device")
     add("--device", default="auto", help="auto (cuda, then mps, then cpu), one of them, or cuda:1")
+    add("--out_format", default="npy", choices=("npy", "tiff"),
+        help="of the maps in floats: NumPy's, or TIFF of 32 bits")
+    add("--known", action="append", default=[], metavar="X,Y=METRES", help="the distance at a "
+        "pixel, x to the right and y down from 0,0; two or more fit the scale and shift of one "
+        "picture's map, which is also written in metres (_metres.npy)")
     add("--ply", action="store_true", help="also write a coloured point cloud (x right, y down, z "
-        "forward; 15 bytes a pixel). The map is known up to a scale and a shift and the camera not "
-        "at all: --fov, --near and --far are assumptions")
-    add("--fov", type=float, default=60.0, metavar="DEGREES",
-        help="angle of view from the left edge to the right, for --ply")
+        "forward; 15 bytes a pixel). The map is known up to a scale and a shift: without --known, "
+        "--near and --far are assumptions, and without EXIF so is the camera")
+    add("--focal", metavar="PIXELS|MM", help="focal length for --ply, in pixels of the picture or, "
+        "as 28mm, that of 35 mm film; without it and --fov, from EXIF")
+    add("--fov", type=float, metavar="DEGREES", help="angle of view along the longer side, for "
+        "--ply; without it, --focal and EXIF it is assumed to be 60")
     add("--near", type=float, default=1.0, metavar="METRES", help="z of the nearest value (1 of a "
         "disparity map, 0 of a depth map), for --ply; --near and --far set scale and shift: 1/z "
         "(disparity) or z (depth) is linear in the value between them")
     add("--far", type=float, default=10.0, metavar="METRES",
         help="z of the farthest value, for --ply")
+    parser.error = usage_error
     return parser
 
 
+def usage_error(message):
+    """argparse's errors as one sentence, like all others."""
+    dash = [word for word in message.split() if word.startswith("-") and os.path.exists(word)]
+    remedy = f"write ./{dash[0]} for the file of that name" if dash else "see --help"
+    raise UserError(f"{message}; {remedy}")
+
+
 def main(argv=None):
-    try:
-        return run(flags().parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted: each file that was saved is complete", file=sys.stderr)
-        return 130
+    return run(flags().parse_args(argv))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main))
