@@ -61,14 +61,15 @@ class TestPeers:
         encoder = CLIPTextModel(CLIPTextConfig(
             vocab_size=4, hidden_size=8, intermediate_size=16, num_hidden_layers=1,
             num_attention_heads=2, max_position_embeddings=77, bos_token_id=0, eos_token_id=1))
-        scheduler = DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-            prediction_type="v_prediction", steps_offset=1)
+        schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+                    "clip_sample": False, "steps_offset": 1}
         for name, (options, unet) in cls.LAYOUTS.items():
             cls.unet(**options).save_pretrained(root / name / unet)
             if "genpercept" not in name:
                 vae.save_pretrained(root / name / "vae")
-                scheduler.save_pretrained(root / name / "scheduler")
+                of = "epsilon" if "lotus" in name else "v_prediction"  # as of their origins
+                DDIMScheduler(**schedule, prediction_type=of).save_pretrained(
+                    root / name / "scheduler")
                 tokenizer.save_pretrained(root / name / "tokenizer")
                 encoder.save_pretrained(root / name / "text_encoder")
         (root / "lotus-depth-d-v1-0/README.md").write_text("---\nlicense: apache-2.0\n---\n# L\n")
@@ -247,17 +248,21 @@ class TestPeers:
         file.write_text(json.dumps(json.loads(file.read_text()) | {"clip_sample": True}))
         damaged = copy("lotus-depth-d-v1-0", "damaged")
         Path(damaged, "unet/diffusion_pytorch_model.safetensors").write_bytes(b"1234567890")
+        decoder = copy("lotus-depth-d-v1-0", "decoder")
         empty = tmp_path / "empty"
-        empty.mkdir()
+        for folder in (Path(decoder, "vae_decoder"), empty):
+            folder.mkdir()
         for command, words in (
-                ([lotus], "--kind is needed"), (["prs-eth/marigold-depth-v1-1"], "many steps"),
+                ([lotus], "--kind is needed"), ([lotus + "/unet"], "--kind is needed"),
+                (["prs-eth/marigold-depth-v1-1"], "many steps"),
                 (["jingheya/lotus-depth-g-v1-0"], "noise latent"),
                 (["zysong212/DepthMaster"], "Fourier"),
-                ([lotus, "--kind", "e2e-ft"], "4 input channels and a class label"),
-                ([e2e, "--kind", "lotus-d"], "8 input channels and no class label"),
+                ([lotus, "--kind", "e2e-ft"], "takes 4 channels and a class label of 4 numbers"),
+                ([e2e, "--kind", "lotus-d"], "takes 8 channels and a class label of 0 numbers"),
                 ([lost, "--kind", "lotus-d"], "conv_in.bias"),
                 ([blocks, "--kind", "lotus-d"], "fftblock"),
                 ([clipped, "--kind", "e2e-ft"], "clip_sample"),
+                ([decoder, "--kind", "lotus-d"], "vae_decoder/"),
                 ([damaged, "--kind", "lotus-d"], "fetch it again"),
                 ([str(empty), "--kind", "lotus-d"], "config.json is missing"),
                 ([str(tmp_path / "no/such/folder"), "--kind", "lotus-d"], "neither a folder")):
@@ -270,6 +275,11 @@ class TestPeers:
         import huggingface_hub
         from fnmatch import fnmatch
 
+        for kind, peer in peers.PEERS.items():
+            for repo in peer.hub:
+                assert peers.recognise(repo) == kind
+                assert ("disparity" in repo) == (peer.target == "disparity")
+        assert peers.recognise("weights/unet_disparity_v2/") == "genpercept-disparity"
         asked = {}
 
         def snapshot(repo, allow_patterns):

