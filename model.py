@@ -220,7 +220,10 @@ class Teacher(nn.Module):
         disable_progress_bar()
         path = str(path_or_id)
         check_folder(path, "a teacher", "config.json")
-        net = load(AutoModelForDepthEstimation, path, dtype=dtype)
+        # a class that lies beside its weights is a program: it runs from this repository alone
+        ours = Path(path).is_dir() and Path(path).resolve().is_relative_to(
+            Path(__file__).resolve().parent)
+        net = load(AutoModelForDepthEstimation, path, dtype=dtype, trust_remote_code=ours)
         file = local_file(path, "preprocessor_config.json")
         if file is None:
             raise UserError(f"{path}: no preprocessor_config.json; --teacher wants a depth model "

