@@ -1,5 +1,6 @@
-"""Labelled frames as another camera and another light would show them, for the small world's teacher:
-the stronger, the less it can learn by heart of a ray-caster, and the more holds for photographs.
+"""Labelled frames as another camera and another light would show them, for the small world's
+teacher: the stronger, the less it learns by heart of a ray-caster, and the more holds for
+photographs.
 """
 import torch
 import torch.nn.functional as F
@@ -9,15 +10,14 @@ def crop(rgb, disparity, shape, g):
     """Random windows of a batch, half of them mirrored, slightly turned, stretched to `shape`
     -> rgb at shape, disparity at a quarter of it, the network's resolution"""
     n = len(rgb)
-    low, turn = (torch.rand(n, generator=g), 0.1 * torch.randn(n, generator=g))
-    wide = (0.55 + 0.45 * low) * min(1, shape[1] / shape[0])
-    wide = torch.stack([wide, wide * shape[0] / shape[1] * (0.85 + 0.3 * torch.rand(n, generator=g))])
-    wide = wide.clamp(max=1)
-    centre = (2 * torch.rand(2, n, generator=g) - 1) * (1 - wide)
-    sign = (torch.rand(n, generator=g) < 0.5).float() * 2 - 1
-    theta = torch.stack([torch.stack([sign * wide[0] * turn.cos(), -wide[1] * turn.sin(), centre[0]]),
-                         torch.stack([sign * wide[0] * turn.sin(), wide[1] * turn.cos(), centre[1]])])
-    grid = F.affine_grid(theta.permute(2, 0, 1), (n, 1, *shape), align_corners=False)
+    turn, aspect = 0.1 * torch.randn(n, generator=g), shape[0] / shape[1]
+    w = (0.55 + 0.45 * torch.rand(n, generator=g)) * min(1, 1 / aspect)  # shares of the frame
+    h = (w * aspect * (0.85 + 0.3 * torch.rand(n, generator=g))).clamp(max=1)
+    x, y = (2 * torch.rand(2, n, generator=g) - 1) * (1 - torch.stack([w, h]))  # the centre
+    side = (torch.rand(n, generator=g) < 0.5).float() * 2 - 1
+    theta = torch.stack([side * w * turn.cos(), -h * turn.sin(), x,
+                         side * w * turn.sin(), h * turn.cos(), y], 1).reshape(n, 2, 3)
+    grid = F.affine_grid(theta, (n, 1, *shape), align_corners=False)
     rgb, disparity = (F.grid_sample(x, grid.to(x.device), padding_mode="reflection",
                                     align_corners=False) for x in (rgb, disparity))
     return rgb, F.avg_pool2d(disparity, 4)

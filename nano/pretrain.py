@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForDepthEstimation
 
@@ -398,7 +398,9 @@ def train_teacher(a):
     optimizer = torch.optim.AdamW(
         [{"params": parts["encoder"], "lr": 0.1 * a.teacher_lr}, {"params": parts["decoder"]}],
         lr=a.teacher_lr, betas=(0.9, 0.98), weight_decay=0.01)
-    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.998))
+    # of the weights, over about a tenth of the steps so far and 500 at most
+    average = AveragedModel(
+        net, avg_fn=lambda old, new, n: old + (new - old) * (10 / (10 + n)).clamp(min=0.002))
     mean, std = (torch.tensor(teacher.config[f"image_{k}"]).reshape(3, 1, 1).to(a.device)
                  for k in ("mean", "std"))
 
@@ -410,8 +412,8 @@ def train_teacher(a):
         x = ((recolour(x, g) - mean) / std).contiguous(memory_format=torch.channels_last)
         return relative_loss(net(x).predicted_depth.float()[:, None], target)
 
-    sets = [FrameSet(name, *source, cap=64, flag="--val") for name, source in
-            parse_sources(a.val or [f"nano={a.data}/wild/test"], (), SETS + TEST_SETS, "--val").items()]
+    sources = parse_sources(a.val or [f"nano={a.data}/wild/test"], (), SETS + TEST_SETS, "--val")
+    sets = [FrameSet(name, *source, cap=64, flag="--val") for name, source in sources.items()]
 
     def watch():
         teacher.net = average.module

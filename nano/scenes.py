@@ -2,7 +2,7 @@
 
     python nano/scenes.py            # nano/data: what train.py and evaluate.py read, on all cores
     python nano/scenes.py OUT --clean 500 --wild 500 --test 64 --size 96
-    python nano/scenes.py --labelled 24000 --size 160 runs/labelled    # for nano/pretrain.py teacher
+    python nano/scenes.py OUT --labelled 8000 --clean 0 --wild 0 --size 160    # for the teacher
 
 Two styles with a real gap between them, in the roles of the paper's two kinds of data (Sec. 4.1):
 *clean* (the synthetic set: plain materials, neutral light, tidy furniture, a level camera, exact
@@ -573,7 +573,8 @@ def surface(kind, q):
     tube = kind == KINDS.index("cylinder")
     cap = tube & (np.abs(q[1]) > 0.999)
     flat = np.where(cap, 1, flat)
-    one = np.sign(q) * (np.arange(3)[:, None] == flat) * np.where(kind == KINDS.index("room"), -1, 1)
+    inward = np.where(kind == KINDS.index("room"), -1, 1)
+    one = inward * np.sign(q) * (np.arange(3)[:, None] == flat)
     one[1] += kind == KINDS.index("ground")
     n = np.where((tube & ~cap) | (kind == KINDS.index("ellipsoid")), q, one)
     n[1] = np.where(tube & ~cap, 0, n[1])

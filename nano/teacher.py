@@ -1,9 +1,10 @@
-"""The small world's teacher: a relative-depth network for transformers' AutoModelForDepthEstimation.
+"""The small world's teacher, for transformers' AutoModelForDepthEstimation: relative disparity.
 
-EfficientNet-Lite0 (Tan and Le, arXiv 1905.11946, without squeeze-and-excitation and with ReLU6), its
-batch normalisation folded into the convolutions, and a decoder of DPT's kind (arXiv 2103.13413) that
-ends at a quarter of the resolution: right on the whole, soft at edges. save_pretrained puts a copy
-of this file beside the weights, as transformers does with every class that it does not hold itself.
+EfficientNet-Lite0 (Tan and Le, arXiv 1905.11946, without squeeze-and-excitation and with ReLU6),
+its batch normalisation folded into the convolutions, and a decoder of DPT's kind (arXiv
+2103.13413) that ends at a quarter of the resolution: right on the whole, soft at edges.
+save_pretrained puts a copy of this file beside the weights, as transformers does with every class
+that it does not hold itself.
 """
 import torch
 import torch.nn.functional as F

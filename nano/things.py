@@ -10,7 +10,7 @@ import numpy as np
 
 class Part(NamedTuple):
     """A piece of an object in the object's own frame (base at y = 0, front at −z); slot names its
-    material: one of HUES, or "a", "b", "c" for a random one of this object's."""
+    material: one of scenes.MATERIALS, or "a", "b", "c" for a random one of this object's."""
     kind: str
     centre: tuple
     half: tuple
