@@ -358,6 +358,7 @@ class Layout(NamedTuple):
     depth: tuple = ()               # ... and its partner's name, the first of these that is there;
     #                                 (): pictures without depth
     load: Callable | None = None    # (store, partner's name) -> depth [H, W] metres
+    more: Callable | None = None    # partner's name -> names of further files that load reads
     near: float = 0.0               # metres: valid when near < depth < far
     far: float = math.inf
     crop: Callable | None = None    # (H, W) -> rows, columns to keep
@@ -632,7 +633,10 @@ class FrameSet(Dataset):
 
     def stamp(self, i):
         """Names, sizes and times of a frame's files: other files are another frame."""
-        return [*self.frames[i], *(self.store.stamp(name) for name in self.frames[i] if name)]
+        names = [name for name in self.frames[i] if name]
+        if self.layout.more:
+            names += [name for name in self.layout.more(self.frames[i].depth) if name in self.store]
+        return [[name, *self.store.stamp(name)] for name in names]
 
     def read(self, i):
         """-> rgb uint8 [H, W, 3], depth float32 [H, W] metres, valid [H, W] bool (or None, None).

@@ -15,7 +15,6 @@ and memory does not grow. An image without a score is counted and named, never a
 import argparse
 import collections
 import functools
-import hashlib
 import os
 import sys
 import zlib
@@ -30,8 +29,9 @@ from tqdm import tqdm
 
 from benchmarks import report
 from benchmarks.sets import TEST_SETS, PairSet, find_maps, map_of, scene_of, stamp, version_of
-from data import SETS, BadFrame, FrameSet, HelpFormatter, UserError, explain, parse_sources
-from infer import load_model, predict_batch
+from data import (SETS, BadFrame, FrameSet, HelpFormatter, UserError, command, explain,
+                  parse_sources)
+from infer import identity, load_model, predict_batch
 from model import Teacher
 
 HERE = Path(__file__).resolve().parent
@@ -379,16 +379,6 @@ class Predictor(NamedTuple):
     version: Callable = lambda frames, i: ""      # changes with the file of one map
 
 
-def identity(where, *nets):
-    """A short digest of some numbers of every weight: another training gives another."""
-    digest = hashlib.sha1(os.fsencode(where))
-    for net in nets:
-        for name, value in net.state_dict().items():
-            some = value.detach().reshape(-1)[::max(1, value.numel() // 64)].float().cpu().numpy()
-            digest.update(name.encode() + some.tobytes())
-    return digest.hexdigest()[:12]
-
-
 def fiffdepth(a):
     """-> the checkpoint as a Predictor, its device and precision."""
     checkpoint = a.checkpoint or str(HERE / "nano/weights/fiffdepth")
@@ -715,28 +705,15 @@ def flags():
         help="results, a line an image, and all tables in tables.md; what is there already is not "
         "computed again")
     add("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"),
-        help="precision of the network; auto is float16 on CUDA, else what this CPU computes "
-        "fastest")
+        help="precision of the network; auto is float16 on CUDA, else float32")
     add("--device", default="auto", help="auto (cuda, then mps, then cpu), one of them, or cuda:1")
     return parser
 
 
+@torch.inference_mode()
 def main(argv=None):
-    for stream in (sys.stdout, sys.stderr):  # a path in another script must not end a run
-        stream.reconfigure(errors="backslashreplace")
-    try:
-        with torch.inference_mode():
-            return run(flags().parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or '--out'}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+    return run(flags().parse_args(argv))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main))

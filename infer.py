@@ -643,7 +643,7 @@ def flags():
     add("--max_megapixels", type=float, default=179.0, metavar="MEGAPIXELS", help="larger pictures "
         "are refused: a small file may unpack to fill the memory. 50 megapixels take 1.5 GB")
     add("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"),
-        help="precision of the network; auto is the fastest that is safe on the device")
+        help="precision of the network; auto is float16 on CUDA, else float32")
     add("--device", default="auto", help="auto (cuda, then mps, then cpu), one of them, or cuda:1")
     add("--out_format", default="npy", choices=("npy", "tiff"),
         help="of the maps in floats: NumPy's, or TIFF of 32 bits")

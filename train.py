@@ -198,7 +198,7 @@ def train(a):
     """One run, from flags to the last line -> exit status: 0, or 128 + the signal that ended it."""
     rank, world, device = start_processes(a.device)
     out, accumulate = Path(a.out), accumulation(a, world)
-    claim = lock(out, a.resume) if rank == 0 else None  # held until the process ends
+    claim = lock(out, a.resume) if rank == 0 else None  # noqa: F841: held until the process ends
     a.dtype = main_process_says(name_of(choose_dtype(a.dtype, device.type, training=True)), world)
     synthetic, real_set, held_out = open_sets(a)
     model = FiffDepth.from_pretrained(a.base, vae=a.vae).to(device)

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import HelpFormatter, UserError, explain  # noqa: E402
+from data import HelpFormatter, UserError, command, explain  # noqa: E402
 from model import INFO_FILE, PROMPT_FILE  # noqa: E402
 
 WEIGHTS = "diffusion_pytorch_model"  # diffusers' name of a network's weights
@@ -343,15 +343,8 @@ def main(argv=None):
     a = flags().parse_args(argv)
     try:
         info = convert(a.source, a.out, a.kind, a.base)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (OSError, SafetensorError) as error:  # a full disk is the latter
-        print(f"error: --out {a.out} cannot be written ({explain(error)})", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted: nothing is left of it", file=sys.stderr)
-        return 130
+    except SafetensorError as error:  # a full disk
+        raise UserError(f"--out {a.out}: cannot be written ({explain(error)})") from None
     peer = info["peer"]
     for name, value in peer["folded"].items():
         print(f"folded: {name} {value}")
@@ -362,4 +355,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main))

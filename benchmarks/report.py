@@ -15,7 +15,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from data import UserError
+from data import UserError, replacing
 
 PUBLISHED = Path(__file__).with_name("published.csv")  # the paper's tables as printed
 TABLES = {  # columns of published.csv
@@ -78,14 +78,6 @@ def add_line(file, line):
         out.write((b"\n" if cut else b"") + json.dumps(line).encode() + b"\n")
 
 
-def replace_text(file, text):
-    """Written beside and renamed into place: whole or not at all. UTF-8, whatever the locale; names
-    of files that are not keep their bytes."""
-    temporary = file.with_name(f".{file.name[:100]}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
-    os.replace(temporary, file)
-
-
 # ---------------------------------------------------------------- the results of evaluate.py
 
 
@@ -145,7 +137,8 @@ def write_tables(folder, results, others):
             if any(r["title"] in columns for r in results)
             for line in (title, "", *paper_table(columns, results), "")]
     sets = [line for same in by_set.values() for line in set_table(same, others)]
-    replace_text(folder / "tables.md", MARK + "\n" + "\n".join(ours + sets))
+    with replacing(folder / "tables.md") as part:
+        part.write_text(MARK + "\n" + "\n".join(ours + sets), "utf-8")
     return ours
 
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.report import add_line, published, read_lines, table  # noqa: E402
-from data import HelpFormatter, UserError, explain  # noqa: E402
+from data import HelpFormatter, UserError, command, explain  # noqa: E402
 from infer import predict_image  # noqa: E402
 from model import (AUTHORS_INFO, SD_SCHEDULE, FiffDepth, Teacher, choose_device,  # noqa: E402
                    cpu_speedup)
@@ -499,20 +499,8 @@ def flags():
 
 
 def main(argv=None):
-    for stream in (sys.stdout, sys.stderr):  # what the terminal cannot show must not end a run
-        stream.reconfigure(errors="backslashreplace")
-    try:
-        return run(flags().parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or '--out'}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+    return run(flags().parse_args(argv))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main))

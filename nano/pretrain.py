@@ -29,7 +29,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForDepthEstimation
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[k]) for k in (0, 1)]
-from data import SETS, TEST_SETS, FrameSet, HelpFormatter, UserError, parse_sources  # noqa: E402
+from benchmarks.sets import TEST_SETS  # noqa: E402
+from data import SETS, FrameSet, HelpFormatter, UserError, command, parse_sources  # noqa: E402
 from evaluate import score  # noqa: E402
 from losses import add_noise, gradient_matching, mae, velocity  # noqa: E402
 from model import (SD_SCHEDULE, FiffDepth, Teacher, choose_device, choose_dtype,  # noqa: E402
@@ -251,7 +252,8 @@ def round_trip(vae, a):
 def held_out_scores(predict, frames):
     """predict: data.Sample -> disparity map [H, W]; means over a set with depth."""
     scores = [score(predict(frames.or_stop(frames.sample, i, False)).cpu().numpy(),
-                    *frames.read(i)[1:], "disparity", frames.layout.near, frames.layout.far) for i in range(len(frames))]
+                    *frames.read(i)[1:], "disparity", frames.layout.near,
+                    frames.layout.far) for i in range(len(frames))]
     error, share, f1 = np.nanmean(scores, 0).tolist()
     return {"abs_rel_percent": round(100 * error, 2), "delta1_percent": round(100 * share, 2),
             "boundary_f1": round(f1, 3)}
@@ -277,7 +279,7 @@ def new_generator(a, size):
     folders = [f for f in (a.work / "vae", a.out / "generator/vae") if (f / "config.json").exists()]
     if not folders:
         raise UserError(f"{a.work}/vae is not there; first: python nano/pretrain.py vae")
-    vae, unet = load_vae(str(folders[0]), None, {"low_cpu_mem_usage": False}), new_unet()
+    vae, unet = load_vae(folders[0], torch.float32), new_unet()
     # two tokens that mean nothing
     prompt = torch.randn(1, 2, unet.config.cross_attention_dim,
                          generator=torch.Generator().manual_seed(0))
@@ -527,17 +529,10 @@ def main(argv=None):
     for name, value in vars(a).items():
         if name.endswith(("_steps", "_batch", "_frames")) and value < 1:
             parser.error(f"--{name} {value}: must be at least 1")
-    try:
-        a.device = choose_device(a.device)
-        for stage in a.stages:
-            STAGES[stage](a)
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the state of at most two minutes ago",
-              file=sys.stderr)
-        sys.exit(130)
+    a.device = choose_device(a.device)
+    for stage in a.stages:
+        STAGES[stage](a)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(main))
