@@ -573,7 +573,7 @@ def load_model(a):
     dtype = choose_dtype(a.dtype, device)
     model = FiffDepth.from_pretrained(a.checkpoint, vae=a.vae, dtype=dtype)
     folder = fetch(a.checkpoint, "unet/config.json", "a checkpoint")
-    if "steps" not in model.info and (folder / "scheduler/scheduler_config.json").exists():
+    if not {"steps", "peer"} & set(model.info) and (folder / "scheduler/scheduler_config.json").exists():
         print(f"note: nothing in {a.checkpoint} says that train.py trained it for depth; from a "
               "bare generator expect noise", file=sys.stderr)
     torch.backends.cudnn.deterministic = True  # the same bits each time

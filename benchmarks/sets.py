@@ -154,8 +154,7 @@ TEST_SETS = (
     *(Layout(name, f"Sintel's training set with depth ({folder}/alley_1/frame_0001.png with "
              "depth/alley_1/frame_0001.dpt, below training/)",
              NO_TEST + rf"(.*/)?{folder}/([^/]+)/(frame_\d+)\.png", (r"\1depth/\2/\3.dpt",),
-             sintel_dpt, near=0.01, far=80.0, sky=True, more=(r"\1invalid/\2/\3.png",),
-             optional=True, count=1064)
+             sintel_dpt, near=0.01, far=80.0, sky=True, more=sintel_mask, count=1064)
       for name, folder in (("sintel", "final"), ("sintel-clean", "clean"))),
     Layout("spring", "Spring's training set (0001/frame_left/frame_left_0001.png with disp1_left/"
            "disp1_left_0001.dsp5 and cam_data/intrinsics.txt, below train/)",
@@ -169,7 +168,8 @@ TEST_SETS = (
            r"(.*/)?validation/original/([^/]+)\.jpg", (r"\1validation/mask/\2.png",), matte,
            **MATTE, count=200),
     *(Layout(name, f"P3M-10k (validation/{split}/{folder}/x.jpg with mask/x.png)",
-             rf"(.*/)?{split}/{folder}/([^/]+)\.jpg", (rf"\1{split}/mask/\2.png",), matte, **MATTE, count=500)
+             rf"(.*/)?{split}/{folder}/([^/]+)\.jpg", (rf"\1{split}/mask/\2.png",),
+             matte, **MATTE, count=500)
       for name, split, folder in (("p3m", "P3M-500-NP", "original_image"),
                                   ("p3m-p", "P3M-500-P", "blurred_image"))),
     Layout("dis5k", "DIS5K (DIS-VD/im/x.jpg with DIS-VD/gt/x.png; the 200 of Depth Pro by --list "
@@ -234,7 +234,8 @@ def version_of(frames, i):
     """A digest of names, sizes and times of the files that an image's score depends on: where they
     changed, or a list names others, it is scored again."""
     if frames.name == "da2k":
-        stamps = [frames.store.stamp(frames.names[i]), frames.pairs[frames.names[i]].tolist()]
+        name = frames.names[i]
+        stamps = [name in frames.store and frames.store.stamp(name), frames.pairs[name].tolist()]
     else:
         stamps = frames.stamp(i)
     return hashlib.sha1(repr(stamps).encode()).hexdigest()[:12]
