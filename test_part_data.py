@@ -782,7 +782,8 @@ class TestModel:
         assert found == sorted(found, reverse=True)         # first the old map, then the new one
         assert [True, True] not in found
         assert [False, False] not in found
-        assert len(found) > 7                               # there are seven files
+        assert len(found) == 9                              # seven files, the JSON once more
+        assert [Path(calls[k][1]).name for k in (0, -1)] == [INFO_FILE] * 2
         monkeypatch.undo()
         new.save_pretrained(tmp_path / "4")                 # goes over what the kill left behind
         assert not list((tmp_path / "4").glob(".*"))
@@ -1464,9 +1465,20 @@ class TestData:
         assert frames.names == names
         expected = FrameSet("photos", laion / "files", size=(20, 20)).sample(3, False)
         for copy in (frames, pickle.loads(pickle.dumps(frames))):           # as workers get it
+            assert copy.store.read(names[-1]) == laion_shard(1)["000010003.jpg"]
             assert torch.equal(copy.sample(len(names) - 1, False).rgb, expected.rgb)
         assert expected.label is None
         assert expected.mask is None
+
+    def test_a_second_name_in_a_tar(self, tmp_path):
+        write_tar(tmp_path / "t.tar", {"a.png": image_bytes(noise(8, 8))})
+        link = tarfile.TarInfo("./b.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "./a.png"
+        with tarfile.open(tmp_path / "t.tar", "a") as tar:
+            tar.addfile(link)
+        frames = FrameSet("photos", tmp_path / "t.tar", size=(8, 8))
+        assert frames.names == ["a.png", "b.png"]
+        assert np.array_equal(frames.read(1)[0], noise(8, 8))
 
     def test_a_cut_shard_is_used_up_to_the_cut_and_named(self, laion, tmp_path):
         root = Path(shutil.copytree(laion / "shards", tmp_path / "s"))
