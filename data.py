@@ -537,8 +537,8 @@ def own_layout(row, store, source):
 
 def own_metres(store, name, kind, unit):
     values = own_map(store.read(name), name) * np.float32(unit)
-    with np.errstate(divide="ignore"):
-        return values if kind == "depth" else np.where(values > 0, 1 / values, 0)
+    with np.errstate(divide="ignore"):              # 0 becomes inf, which is never valid
+        return values if kind == "depth" else 1 / values
 
 
 class FrameSet(Dataset):

@@ -173,15 +173,16 @@ class FiffDepth(nn.Module):
             self.scheduler.config, prediction_type="v_prediction"
         ).save_pretrained(temporary / "scheduler")
         save_file({"prompt": self.prompt.float().cpu().contiguous()}, temporary / PROMPT_FILE)
-        write_json(temporary / INFO_FILE, self.info)
-        names = sorted(f.relative_to(temporary) for f in temporary.rglob("*") if f.is_file())
+        (temporary / INFO_FILE).write_text(json.dumps(self.info), "utf-8")
+        names = [f.relative_to(temporary) for f in temporary.rglob("*") if f.is_file()]
         sums = {name.as_posix(): checksum(temporary / name) for name in names}
-        write_json(path / INFO_FILE, self.info)  # no checksums yet: after a kill the folder loads
-        for name in names:
+        # the JSON first, and without checksums until the end: after a kill the folder loads
+        for name in sorted(names, key=lambda name: (name.name != INFO_FILE, name)):
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             open_to_others(temporary / name)
             os.replace(temporary / name, path / name)
-        write_json(path / INFO_FILE, self.info | {"crc32": sums})
+        with replacing(path / INFO_FILE) as part:
+            part.write_text(json.dumps(self.info | {"crc32": sums}, indent=1) + "\n", "utf-8")
         shutil.rmtree(temporary)
 
 
@@ -509,8 +510,3 @@ def checksum(file):
         while block := f.read(1 << 20):
             value = zlib.crc32(block, value)
     return value
-
-
-def write_json(file, content):
-    with replacing(file) as part:
-        part.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
