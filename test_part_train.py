@@ -426,6 +426,23 @@ class TestTrain:
             assert values.max() < 1.3
             assert (update * new.grad.flatten(1)).sum() < 0
 
+    def test_muon_is_torchs_in_float32(self):
+        """torch's computes in bfloat16: equal but for its rounding."""
+        torch.manual_seed(0)
+        start = torch.randn(12, 4, 3, 3)
+        weight, bias = torch.nn.Parameter(start.clone()), torch.nn.Parameter(torch.zeros(2))
+        matrix = torch.nn.Parameter(start.flatten(1).clone())
+        options = {"lr": 0.01, "weight_decay": 0.1}
+        ours = train.Muon([weight, bias], **options)
+        reference = torch.optim.Muon([matrix], adjust_lr_fn="match_rms_adamw", **options)
+        for _ in range(3):
+            weight.grad = torch.randn(12, 4, 3, 3)
+            matrix.grad = weight.grad.flatten(1)
+            ours.step()
+            reference.step()
+        moved = matrix - start.flatten(1)
+        assert (weight.flatten(1) - matrix).norm() < 0.01 * moved.norm()
+
     def test_a_cache_gives_what_encoding_gives(self, cached, finished):
         for one, other in zip(_log(cached), _log(finished), strict=True):
             assert one == pytest.approx(other, rel=1e-4)
