@@ -306,12 +306,19 @@ class TestTrain:
         assert 1e-6 < norm < math.inf
         assert all(p.grad is None for p in model.vae.parameters())
 
-    def test_the_filters_loss_reaches_d0(self):
-        model = _tiny_model()
-        d0 = model.predict(torch.randn(1, 4, 6, 8))
-        d0.retain_grad()
-        mae(model.filter(d0), torch.zeros(1, 4, 6, 8)).backward()
-        assert d0.grad.norm() > 0
+    def test_the_teachers_loss_reaches_d0_through_the_filter(self, monkeypatch):
+        def kept(x0):
+            d0s.append(predict(x0))
+            d0s[-1].retain_grad()
+            return d0s[-1]
+
+        model, d0s = _tiny_model(), []
+        predict = model.predict
+        monkeypatch.setattr(model, "predict", kept)
+        training_step(model, *_micro(), _flags())["mae_m1"].backward()
+        synthetic, real = d0s
+        assert real.grad.norm() > 0
+        assert synthetic.grad is None
 
     def test_ablation_image_only(self):
         model, (syn, real, eps, t) = _tiny_model().eval(), _micro()
@@ -418,6 +425,23 @@ class TestTrain:
             assert 0.5 < values.min()  # the same in every direction, roughly
             assert values.max() < 1.3
             assert (update * new.grad.flatten(1)).sum() < 0
+
+    def test_muon_is_torchs_in_float32(self):
+        """torch's computes in bfloat16: equal but for its rounding."""
+        torch.manual_seed(0)
+        start = torch.randn(12, 4, 3, 3)
+        weight, bias = torch.nn.Parameter(start.clone()), torch.nn.Parameter(torch.zeros(2))
+        matrix = torch.nn.Parameter(start.flatten(1).clone())
+        options = {"lr": 0.01, "weight_decay": 0.1}
+        ours = train.Muon([weight, bias], **options)
+        reference = torch.optim.Muon([matrix], adjust_lr_fn="match_rms_adamw", **options)
+        for _ in range(3):
+            weight.grad = torch.randn(12, 4, 3, 3)
+            matrix.grad = weight.grad.flatten(1)
+            ours.step()
+            reference.step()
+        moved = matrix - start.flatten(1)
+        assert (weight.flatten(1) - matrix).norm() < 0.01 * moved.norm()
 
     def test_a_cache_gives_what_encoding_gives(self, cached, finished):
         for one, other in zip(_log(cached), _log(finished), strict=True):
@@ -696,6 +720,12 @@ class TestTrain:
         assert _log(tmp_path / "new_run") == _log(cached)
         assert _equal_states(_state(tmp_path / "new_run")["unet"], _state(cached)["unet"])
 
+    def test_resumes_in_the_folder_it_is_told_not_in_the_stored_one(self, finished, tmp_path,
+                                                                    monkeypatch):
+        shutil.copytree(finished, tmp_path / "runs/fiffdepth")
+        monkeypatch.chdir(tmp_path)
+        assert train.read_flags(["--resume"]).out == "runs/fiffdepth"
+
     def test_resume_refuses_other_frames(self, tiny, tmp_path, capsys):
         world = _copy(tiny, tmp_path, "clean")
         assert _train(*_command(tiny, tmp_path / "run", steps=1), "--data",
@@ -740,6 +770,9 @@ class TestTrain:
                            rf"python train.py --resume --out {re.escape(str(out))}$",
                            stdout.splitlines()[-1])
         assert _state(out)["step"] == len(_log(out)) == int(step)
+
+    def test_a_reading_process_changes_nothing(self, stopped, finished):
+        assert _log(stopped[0])[:2] == _log(finished)[:2]
 
     @pytest.mark.parametrize("second", [0, 1])
     def test_a_second_run_in_the_same_folder_is_told_of_the_first(self, stopped, second):

@@ -471,40 +471,53 @@ def lr_at(step, a):
 
 class Muon:
     """Muon (Jordan et al. 2024) for whatever is a matrix and AdamW for biases and normalisations,
-    as one optimiser. A convolution [out, in, k, k] counts as the matrix [out, in·k·k]: torch's Muon
-    gets views of the weights. Its update is scaled to AdamW's size, so that --lr means the same."""
+    as one optimiser. A convolution [out, in, k, k] counts as the matrix [out, in·k·k]. The update
+    is scaled to AdamW's size, so that --lr means the same.
+
+    torch.optim.Muon does the same in bfloat16, which many CPUs emulate: there it takes ten times
+    as long, elsewhere the two are equally fast."""
 
     def __init__(self, parameters, fused=False, **options):
         parameters = list(parameters)
-        self.pairs = [(p, nn.Parameter(matrix(p.detach(), p))) for p in parameters if p.ndim > 1]
-        self.parts = (torch.optim.Muon([view for _, view in self.pairs],
-                                       adjust_lr_fn="match_rms_adamw", **options),
-                      torch.optim.AdamW([p for p in parameters if p.ndim < 2], fused=fused,
-                                        **options))
+        self.matrices = [p for p in parameters if p.ndim > 1]
+        self.momenta = [torch.zeros_like(p) for p in self.matrices]
+        self.adamw = torch.optim.AdamW([p for p in parameters if p.ndim < 2], fused=fused,
+                                       **options)
 
     @property
     def param_groups(self):
-        return [group for part in self.parts for group in part.param_groups]
+        return self.adamw.param_groups  # --lr and --weight_decay of both
 
+    @torch.no_grad()
     def step(self):
-        for weight, view in self.pairs:
-            view.grad = None if weight.grad is None else matrix(weight.grad, weight)
-        for part in self.parts:
-            part.step()
+        lr, decay = (self.param_groups[0][name] for name in ("lr", "weight_decay"))
+        for weight, momentum in zip(self.matrices, self.momenta):
+            if weight.grad is None:
+                continue
+            momentum.lerp_(weight.grad, 0.05)
+            update = orthogonal(weight.grad.lerp(momentum, 0.95).flatten(1))
+            weight.mul_(1 - lr * decay)
+            weight.sub_(update.reshape(weight.shape), alpha=0.2 * max(update.shape) ** 0.5 * lr)
+        self.adamw.step()
 
     def state_dict(self):
-        return [part.state_dict() for part in self.parts]
+        return {"momenta": self.momenta, "adamw": self.adamw.state_dict()}
 
-    def load_state_dict(self, states):
-        for part, state in zip(self.parts, states):
-            part.load_state_dict(state)
+    def load_state_dict(self, state):
+        for momentum, stored in zip(self.momenta, state["momenta"]):
+            momentum.copy_(stored)
+        self.adamw.load_state_dict(state["adamw"])
 
 
-def matrix(tensor, weight):
-    """A weight, or its gradient, as a matrix whose columns lie as the weight lies in memory: of the
-    weight itself a view, not a copy, also of a convolution stored channels-last."""
-    channels_last = weight.ndim == 4 and not weight.is_contiguous()
-    return (tensor.permute(0, 2, 3, 1) if channels_last else tensor).flatten(1)
+def orthogonal(matrix):
+    """U V^T of the matrix U S V^T, roughly: five steps of Newton and Schulz with Jordan's
+    coefficients bring all singular values to 0.7 .. 1.2."""
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix  # the smaller of X X^T and X^T X
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
 # ---------------------------------------------------------------- sets and processes
