@@ -163,7 +163,7 @@ def restore(state_file, of, parts):
     """Loads the parts from where a stage was left -> step, minutes and precision so far."""
     if not state_file.exists():
         return 0, 0.0, None
-    state = torch.load(state_file, weights_only=True)
+    state = torch.load(state_file, weights_only=True, map_location="cpu")
     if state.get("of") != of or shapes(state["net"]) != shapes(parts["net"].state_dict()):
         raise UserError(f"{state_file} is of other data, another network or other flags; "
                         "remove it to start this stage again")
