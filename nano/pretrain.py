@@ -90,12 +90,13 @@ def to_float(rgb):
     return rgb.float() / 127.5 - 1
 
 
-def fit(a, stage, net, loss_of, optimizer, data, average=None, watch=None):
+def fit(a, stage, net, loss_of, optimizer, of, average=None, watch=None):
     """Trains net on the terms of loss_of(generator, batch), with a short warm-up and a cosine to
     zero; resumable -> minutes. With more steps than a finished run had, it goes on, on the rest of
     a longer cosine.
 
-    data     tells apart what it is trained on: a state made from other data must not go on
+    of       tells apart what it is trained on: a state of something else must not go on (it may
+             with more frames)
     average  an AveragedModel of the net, brought up to date with every step
     watch    () -> scores for the log, ten times a run
     """
@@ -104,7 +105,7 @@ def fit(a, stage, net, loss_of, optimizer, data, average=None, watch=None):
     a.work.mkdir(parents=True, exist_ok=True)
     parts = {"net": net, "optimizer": optimizer} | ({"average": average} if average else {})
     rates = [group["lr"] for group in optimizer.param_groups]  # before a state brings later ones
-    of = json.dumps([batch, lr, data])
+    of = json.dumps([batch, lr, of])
     first, spent, dtype = restore(state_file, of, parts)
     dtype = getattr(torch, dtype) if dtype else choose_dtype(a.dtype, a.device, training=True)
     if first > steps:
@@ -228,7 +229,7 @@ def train_vae(a):
 
     optimizer = torch.optim.AdamW(vae.parameters(), lr=a.vae_lr, betas=(0.9, 0.98),
                                   weight_decay=0.01)
-    minutes = fit(a, "vae", vae, loss_of, optimizer, list(map(len, pictures)))
+    minutes = fit(a, "vae", vae, loss_of, optimizer, CHANNELS)
     vae.eval()
     with torch.no_grad():  # latents of unit variance, as the generator's noise schedule expects
         z = torch.cat([vae.encode(to_float(rgb[:256].to(a.device))).latent for rgb in pictures])
@@ -304,8 +305,7 @@ def train_generator(a):
 
     unet = model.unet.train()
     optimizer = Muon(unet.parameters(), lr=a.generator_lr, weight_decay=0.01)
-    minutes = fit(a, "generator", unet, loss_of, optimizer,
-                  [latent_space(model.vae), *map(len, pictures)])
+    minutes = fit(a, "generator", unet, loss_of, optimizer, latent_space(model.vae))
     model.cpu().save_pretrained(a.out / "generator", torch.float16)
     log = [json.loads(line)["v"] for line in (a.work / "generator.jsonl").read_text().splitlines()]
     card(a, "generator", minutes, unet, {"v_loss": round(float(np.mean(log[-5:])), 4)})
