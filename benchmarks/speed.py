@@ -35,6 +35,7 @@ from infer import predict_image  # noqa: E402
 from model import (AUTHORS_INFO, SD_SCHEDULE, FiffDepth, Teacher, choose_device,  # noqa: E402
                    cpu_speedup)
 
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples/wild_room.jpg"
 EMULATED = 0.2  # of float32's speed: what is slower has no instructions for it on this CPU
 HEAD = ("method", "weights", "precision", "pictures", "seconds, mean ± sd", "TFLOP",
         "published seconds (Titan RTX)")
@@ -441,6 +442,18 @@ def lines_of(results, device, images, warm_up, size, minutes):
         + ". Marigold's 103 s are those of its settings when the paper was written, not of v1.1.")
 
 
+@torch.inference_mode()
+def difference(source, picture, size, device):
+    """How far a bfloat16 map lies from the float32 map of the same network (FiffDepth, of Stable
+    Diffusion 2's size and random without a source) -> largest and mean, as shares of the range."""
+    torch.manual_seed(0)
+    model, = build_fiffdepth(source, STABLE_DIFFUSION, torch.float32, device).nets
+    full = predict_image(model, picture, size)
+    half = predict_image(model.to(torch.bfloat16), picture, size)
+    apart = np.abs(full - half) / np.ptp(full)
+    return float(apart.max()), float(apart.mean())
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -451,6 +464,11 @@ def run(a):
         raise UserError(f"--weights {' '.join(a.weights)}: NAME=DIR with a NAME of "
                         f"{', '.join(names)}")
     device = choose_device(a.device)
+    if a.difference:
+        largest, mean = difference(sources.get("fiffdepth"), EXAMPLE, a.size, device)
+        print(f"bfloat16 against float32, {a.size} pixels: at most {largest:.2%} of the map's "
+              f"range apart, {mean:.2%} on average")
+        return 0
     on_gpu = device.startswith("cuda")
     images = (100 if on_gpu else 3) if a.images is None else a.images
     for flag, value in (("--images", images), ("--size", a.size)):
@@ -492,6 +510,8 @@ def flags():
         + "; without it, those in the hub's cache, or random ones")
     add("--dtype", nargs="+", choices=("float32", "float16", "bfloat16"), help="precisions; "
         "without it, float32 and float16 on CUDA, float32 and bfloat16 elsewhere")
+    add("--difference", action="store_true", help="instead of the table: how far FiffDepth's "
+        "bfloat16 map of an example lies from its float32 map")
     add("--device", default="auto", help="auto (cuda, then mps, then cpu), one of them, or cuda:1")
     add("--out", type=Path, default=Path("runs/speed.jsonl"), metavar="FILE.jsonl",
         help="what was measured; what is there already is not measured again")
