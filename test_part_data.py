@@ -1490,11 +1490,12 @@ class TestData:
         assert frames.names == ["a.png", "b.png"]
         assert np.array_equal(frames.read(1)[0], noise(8, 8))
 
-    def test_a_cut_shard_is_used_up_to_the_cut_and_named(self, laion, tmp_path):
+    @pytest.mark.parametrize("where", [700, 100, -2], ids=["in a file", "in a header", "between"])
+    def test_a_cut_shard_is_used_up_to_the_cut_and_named(self, laion, tmp_path, where):
         root = Path(shutil.copytree(laion / "shards", tmp_path / "s"))
         content = (root / "00001.tar").read_bytes()
         second = content.index(b"000010003.jpg")
-        put(root, "00001.tar", content[:second + 700])      # in the middle of the second picture
+        put(root, "00001.tar", content[:second + where])
         frames = FrameSet("photos", root, size=(20, 20))
         assert frames.names == ["00000.tar/000000000.jpg", "00000.tar/000000003.jpg",
                                 "00001.tar/000010000.jpg"]
@@ -1511,11 +1512,10 @@ class TestData:
         put(root, "00001.tar", content)
         frames = FrameSet("photos", root, size=(20, 20))
         assert len(frames) == 2
-        if content:                                         # an empty file is an empty .tar
-            words = "00001.tar: cut off or damaged after 0 files"
-            assert words in frames.missing[0]
-            (root / "00000.tar").unlink()
-            assert words in refused(UserError, FrameSet, "photos", root)
+        words = "00001.tar: cut off or damaged after 0 files"
+        assert words in frames.missing[0]
+        (root / "00000.tar").unlink()
+        assert words in refused(UserError, FrameSet, "photos", root)
 
     def test_photos_any_folder(self, tmp_path):
         root = tmp_path / "p"
