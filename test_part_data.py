@@ -300,6 +300,17 @@ def processor():
     pytest.skip("no image processor that runs without torchvision")
 
 
+@pytest.fixture(scope="session", params=["folder", "tar"])
+def marigolds_export(request, tmp_path_factory):
+    """Two scenes of two frames of Hypersim, and macOS' metadata, in a folder or .tar."""
+    root = tmp_path_factory.mktemp("hypersim")
+    files = hypersim(scenes=2) | {"ai_001_001/._rgb_cam_00_fr0000.png": b"macOS"}
+    if request.param == "folder":
+        return write(root / "h", files)
+    write_tar(root / "h.tar", files)
+    return root / "h.tar"
+
+
 @pytest.fixture(scope="session")
 def laion(tmp_path_factory):
     """img2dataset's output: files/ and shards/ of the same two shards."""
@@ -1305,15 +1316,6 @@ class TestData:
         assert "limit" in refused(BadFrame, open_image, self.JPEG)
 
     # ------------------------------------------------------------ Hypersim
-
-    @pytest.fixture(params=["folder", "tar"])
-    def marigolds_export(self, request, tmp_path):
-        """Two scenes of two frames, and macOS' metadata, in a folder or .tar."""
-        files = hypersim(scenes=2) | {"ai_001_001/._rgb_cam_00_fr0000.png": b"macOS"}
-        if request.param == "folder":
-            return write(tmp_path / "h", files)
-        write_tar(tmp_path / "h.tar", files)
-        return tmp_path / "h.tar"
 
     def test_hypersim_png(self, marigolds_export):
         frames = FrameSet("hypersim", marigolds_export)
