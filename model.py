@@ -181,6 +181,8 @@ class FiffDepth(nn.Module):
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             open_to_others(temporary / name)
             os.replace(temporary / name, path / name)
+        for index in path.glob("*/*.index*.json"):  # shards of before would be read instead
+            index.unlink()
         with replacing(path / INFO_FILE) as part:
             part.write_text(json.dumps(self.info | {"crc32": sums}, indent=1) + "\n", "utf-8")
         shutil.rmtree(temporary)

@@ -641,6 +641,14 @@ class TestModel:
         for file in tmp_path.rglob("*.json"):
             assert str(tiny) not in file.read_text(), file
 
+    def test_saving_over_shards_replaces_them(self, base):
+        only_variant(unsealed(base), "sharded")
+        model, rgb = FiffDepth.from_pretrained(base), random_rgb(16, 16)
+        with torch.no_grad():
+            model.unet.conv_out.bias += 0.5
+        model.save_pretrained(base)
+        assert torch.equal(FiffDepth.from_pretrained(base)(rgb), model(rgb))
+
     def test_saved_files_have_the_mode_of_the_umask(self, tmp_path, monkeypatch):
         monkeypatch.setattr(data, "UMASK", 0o027)
         tiny_model().save_pretrained(tmp_path)
