@@ -69,7 +69,8 @@ def trajectory_loss(v_hat, b0, eps, a_bar):
 def mae(d, d_star, mask=None):
     """Eq. 5: L_MAE = 1/M Σ |d − d*|, over the valid latent cells and all channels.
 
-    d, d_star [B, C, h, w]; mask, bool, of that shape or broadcastable to it. 0 if nothing is valid.
+    d, d_star [B, C, h, w]; mask, bool, of that shape or broadcastable to it; M the number of cells
+    and channels it leaves. 0 if nothing is valid.
     """
     residual, valid = masked_residual(d, d_star, mask)
     return mean_where(residual.abs(), valid)
@@ -93,14 +94,14 @@ def gradient_matching(d, d_star, mask=None):
 def block_mean(d, cells=4):
     """Coarse depth, without its detail: means over blocks of cells x cells latent cells.
     [B, C, h, w] -> [B, C, ⌈h/cells⌉, ⌈w/cells⌉]; blocks at the border may be smaller. Not in the
-    paper: for --lambda_low, as a teacher's softness does not touch coarse depth (Sec. 3.3).
+    paper: for --lambda_low, which trusts a soft teacher with coarse depth.
     """
     return F.avg_pool2d(d, cells, ceil_mode=True)
 
 
 def masked_residual(d, d_star, mask):
-    """R = d − d*, 0 where invalid, and the mask at R's shape. torch.where keeps a NaN that lies
-    under the mask out of the gradient too; a product with the mask would not."""
+    """R = d − d*, 0 where invalid, and the mask at R's shape. torch.where also keeps a
+    NaN in an invalid cell out of the gradient; a product with the mask would not."""
     if d.shape != d_star.shape:
         raise ValueError(
             f"prediction {tuple(d.shape)} and target {tuple(d_star.shape)} differ in shape")

@@ -44,7 +44,7 @@ UNUSED = ("neck.fusion_stage.layers.0.residual_layer1.", "backbone.embeddings.ma
 
 
 class FiffDepth(nn.Module):
-    """Frozen VAE, UNet and empty prompt. C latent channels, h = H / factor, w = W / factor.
+    """Frozen VAE, UNet and empty prompt. C latent channels, h = ⌈H / factor⌉, w = ⌈W / factor⌉.
 
     info  what inference needs to know: "target" (disparity or depth), "size" (training pixels of
           the longer side), "base", "teacher", "flags"; kept beside the weights as fiffdepth.json

@@ -45,14 +45,14 @@ from losses import add_noise, blend, block_mean, gradient_matching, mae, traject
 from model import FiffDepth, Teacher, choose_device, choose_dtype, cpu_speedup, name_of
 
 HERE = Path(__file__).resolve().parent
-WEIGHTS = {"hypersim": 9, "vkitti": 1}  # shares of the synthetic half (Marigold); other sets 1
+SHARES = {"hypersim": 9, "vkitti": 1}  # of the synthetic half (Marigold); other sets 1
 
 
 # ---------------------------------------------------------------- Section 3 on one page
 
 
 class Latents(NamedTuple):
-    """Half a micro-batch for the UNet: B pictures of one kind, C latent channels."""
+    """The synthetic or the real half of a micro-batch, B pictures, C latent channels."""
     x0: torch.Tensor  # [B, C, h, w] the pictures
     d_star: torch.Tensor  # [B, C, h, w] d_0*, their true depth, or d_-1*, the teacher's label
     mask: torch.Tensor | None  # [B, 1, h, w] bool: cells whose whole pixel block is valid
@@ -78,7 +78,8 @@ def training_step(model, syn, real, eps, t, a, filter_noise=None):
         v_hat = model.eps_hat(bt, t)
         terms["k"] = a.lambda_k * trajectory_loss(v_hat, b0, eps, a_bar)  # Eq. 3
     if real is not None:
-        real_d0 = model.predict(real.x0)  # Eq. 1; no loss on it but through the filter
+        real_d0 = model.predict(real.x0)  # Eq. 1; its loss comes through the filter, unless
+        # teacher_at_d0 or lambda_low say otherwise
         seen = real_d0 if filter_noise is None else real_d0 + filter_noise
         dm1 = real_d0 if a.teacher_at_d0 else model.filter(seen)  # Eq. 4; no detach: d_0 learns
         terms["mae_m1"] = a.lambda_mae * mae(dm1, real.d_star)  # Eq. 5
@@ -88,7 +89,7 @@ def training_step(model, syn, real, eps, t, a, filter_noise=None):
     return terms
 
 
-def noise(a, m, syn, real, model):
+def draw_noise(a, m, syn, real, model):
     """eps, t and filter_noise of micro-batch m, drawn on the CPU from (seed, m) alone, so that
     neither a resume nor another device or number of processes changes them."""
     g, device = torch.Generator().manual_seed(a.seed * 1_000_000_007 + m), syn.x0.device
@@ -114,7 +115,8 @@ class Step(nn.Module):
 
 
 def to_latents(model, teacher, samples, target):
-    """data.Samples of one half -> Latents, or None of no samples. Frozen networks only."""
+    """data.Samples of one half -> Latents; None if there are none. It runs the frozen autoencoder
+    and teacher alone."""
     if not samples:
         return None
     device = model.prompt.device
@@ -229,7 +231,7 @@ def train(a):
         start_log(out, a, first)
         print_header(a, world, model, sets, held_out, accumulate, first, device)
 
-    batches = MixedBatches(synthetic, [WEIGHTS.get(s.name, 1) for s in synthetic], real_set,
+    batches = MixedBatches(synthetic, [SHARES.get(s.name, 1) for s in synthetic], real_set,
                            a.micro, a.seed, flip=not a.no_flip, load=load)
     stride = accumulate * world  # micro-batches a step, dealt out to the processes in turn
     loader = iter(DataLoader(batches, batch_size=None, sampler=range(
@@ -257,7 +259,7 @@ def train(a):
                 batch = next(loader)
                 report_bad(batch.bad, bad, total, a.max_bad)
                 syn, real = to_half(batch.synthetic), to_half(batch.real)
-                draws = noise(a, (step * accumulate + i) * world + rank, syn, real, model)
+                draws = draw_noise(a, (step * accumulate + i) * world + rank, syn, real, model)
                 wait = world > 1 and i < accumulate - 1  # exchange gradients once a step
                 with step_module.no_sync() if wait else nullcontext():
                     with torch.autocast(device.type, torch.bfloat16, a.dtype == "bfloat16"):
