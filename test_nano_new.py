@@ -1,15 +1,18 @@
 """The small world's own tests: nano/scenes.py and nano/pretrain.py."""
+import itertools
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE / "nano")]
@@ -169,6 +172,33 @@ def test_nano_pretrain_makes_a_base_and_a_teacher_and_resumes(tmp_path, monkeypa
     (tmp_path / "run/log.jsonl").write_text("")
     with pytest.raises(SystemExit, match="is at step 0 of 1; finish it"):
         pretrain.main(list(map(str, ship)))
+
+
+def test_nano_pretraining_that_is_interrupted_ends_where_it_would_have(tmp_path, monkeypatch):
+    ticks = itertools.count(step=1000)  # so that a state is written after every step
+    monkeypatch.setattr(pretrain.time, "time", lambda: next(ticks))
+
+    def run(work, stop=None):
+        a = SimpleNamespace(work=tmp_path / work, device="cpu", dtype="float32", s_steps=6,
+                            s_batch=4, s_lr=0.1)
+        torch.manual_seed(0)
+        net, seen = nn.Linear(3, 1), itertools.count(1)
+        average = AveragedModel(net, avg_fn=lambda old, new, n: (old + new) / 2)
+
+        def loss_of(g, batch):
+            if next(seen) == stop:
+                raise KeyboardInterrupt
+            return {"loss": net(torch.randn(batch, 3, generator=g)).square().mean()}
+
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+        pretrain.fit(a, "s", net, loss_of, optimizer, "", average)
+        return [*net.parameters(), *average.parameters()]
+
+    whole = run("whole")
+    with pytest.raises(KeyboardInterrupt):
+        run("parts", stop=4)
+    assert all(map(torch.equal, whole, run("parts")))
+    assert not torch.equal(whole[0], whole[2])
 
 
 def test_nano_teacher_encoder_is_folded_exactly():
