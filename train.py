@@ -201,6 +201,7 @@ def train(a):
     rank, world, device = start_processes(a.device)
     out, accumulate = Path(a.out), accumulation(a, world)
     claim = lock(out, a.resume) if rank == 0 else None  # noqa: F841: held until the process ends
+    # "auto" is resolved once and stored with the run, so that a resumed one computes alike
     a.dtype = main_process_says(name_of(choose_dtype(a.dtype, device.type, training=True)), world)
     synthetic, real_set, held_out = open_sets(a)
     model = FiffDepth.from_pretrained(a.base, vae=a.vae).to(device)
