@@ -404,6 +404,16 @@ class TestTrain:
         a = argparse.Namespace(lr=1.0, lr_end=0.01, warmup=10, steps=110)
         assert train.lr_at(step, a) == pytest.approx(rate)
 
+    def test_the_first_step_is_as_long_as_its_learning_rate(self, tiny, tmp_path):
+        """AdamW's first step is the rate, whatever the gradient: half the peak, in a warm-up of
+        two."""
+        assert _train(*_command(tiny, tmp_path / "run", steps=1), "--weight_decay", 0,
+                      "--val_every", 0) == 0
+        before = FiffDepth.from_pretrained(tiny / "base").unet.state_dict()
+        after = _state(tmp_path / "run")["unet"]
+        longest = max((after[k] - before[k]).abs().max().item() for k in before)
+        assert longest == pytest.approx(5e-4, rel=1e-3)
+
     @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
     def test_muon_steps_matrices_equally_in_all_directions_and_the_rest_by_adamw(self, layout):
         torch.manual_seed(0)
@@ -673,7 +683,9 @@ class TestTrain:
         process.wait()
         with open(out / "log.jsonl", "a") as f:
             f.write('{"step": 4, "los')  # as a kill in mid-write leaves it
+        (out / ".99-00000000.part").write_bytes(b"half a checkpoint")
         assert _resume(out) == 0
+        assert not list(out.glob(".*.part"))
         assert _equal_states(_state(out), _state(finished))
         assert _log(out) == _log(finished)
 
