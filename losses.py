@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 
 def blend(x0, d0_star, gamma):
-    """Eq. 2, first line: b_0 = γ x_0 + (1−γ) d_0*, the image fading into its depth.
+    """Eq. 2, first line: b_0 = γ x_0 + (1−γ) d_0*, a mixture of image and depth, the same
+    at every t.
 
     x0, d0_star, result [B, C, h, w]. The paper writes d_0; it is the latent of the true depth here,
     not the prediction: a target must not move (README, "Where the paper is silent").

@@ -1,8 +1,8 @@
 """FiffDepth's networks: a latent diffusion generator used as a feed-forward depth estimator.
 
 FiffDepth = the generator's frozen autoencoder, its UNet (the ε̂_θ of the paper) and the stored
-embedding of the empty prompt. Eq. 1 is predict, Eq. 4 is filter; at inference one call remains,
-forward.
+embedding of the empty prompt. Eq. 1 is predict, Eq. 4 is filter; training calls both and eps_hat,
+inference is forward: encode, predict, decode.
 Teacher = a relative-depth network of transformers (the paper: Depth Anything V2-Large), Sec. 3.3.
 Below them: device and precision, then how folders and hub ids are read.
 
@@ -44,7 +44,7 @@ UNUSED = ("neck.fusion_stage.layers.0.residual_layer1.", "backbone.embeddings.ma
 
 
 class FiffDepth(nn.Module):
-    """Frozen VAE, UNet and empty prompt. C latent channels, h = ⌈H / factor⌉, w = ⌈W / factor⌉.
+    """The UNet (trained), the VAE (frozen) and the empty prompt (fixed). C latent channels, h = ⌈H / factor⌉, w = ⌈W / factor⌉.
 
     info  what inference needs to know: "target" (disparity or depth), "size" (training pixels of
           the longer side), "base", "teacher", "flags"; kept beside the weights as fiffdepth.json
@@ -86,8 +86,8 @@ class FiffDepth(nn.Module):
         return self.eps_hat(d0, -1)
 
     def alpha_bar(self, t):
-        """ᾱ_t for t in 1..999 (long, [B]) -> [B, 1, 1, 1]. diffusers' table is 0-based; its entry 0
-        already carries a little noise, and is left to the clean step t = 0, which has none."""
+        """ᾱ_t for t in 1..999 (long, [B]) -> [B, 1, 1, 1]. Entry 0 of diffusers'
+        0-based table is slightly noisy and never used: the clean step t = 0 adds no noise."""
         if bool((t < 1).any()):
             raise ValueError("only t = 1..T-1 are noised; 0 is the clean step and -1 the filter")
         return self.alphas_cumprod[t].reshape(-1, 1, 1, 1)
