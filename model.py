@@ -44,7 +44,8 @@ UNUSED = ("neck.fusion_stage.layers.0.residual_layer1.", "backbone.embeddings.ma
 
 
 class FiffDepth(nn.Module):
-    """The UNet (trained), the VAE (frozen) and the empty prompt (fixed). C latent channels, h = ⌈H / factor⌉, w = ⌈W / factor⌉.
+    """The UNet (trained), the VAE (frozen) and the empty prompt (fixed). C latent channels,
+    h = ⌈H / factor⌉, w = ⌈W / factor⌉.
 
     info  what inference needs to know: "target" (disparity or depth), "size" (training pixels of
           the longer side), "base", "teacher", "flags"; kept beside the weights as fiffdepth.json

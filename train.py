@@ -55,12 +55,13 @@ class Latents(NamedTuple):
     """The synthetic or the real half of a micro-batch, B pictures, C latent channels."""
     x0: torch.Tensor  # [B, C, h, w] the pictures
     d_star: torch.Tensor  # [B, C, h, w] d_0*, their true depth, or d_-1*, the teacher's label
-    mask: torch.Tensor | None  # [B, 1, h, w] bool: cells whose whole pixel block is valid; None: all
+    # [B, 1, h, w] bool: the cells whose whole pixel block is valid; None: all
+    mask: torch.Tensor | None
 
 
 def training_step(model, syn, real, eps, t, a, filter_noise=None):
-    """One micro-batch -> the five terms of Eq. 7 (Eq. 5 and 6 count twice; and low, ours), weighted;
-    their sum is the loss.
+    """One micro-batch -> the five terms of Eq. 7 (Eq. 5 and 6 twice; and low, ours), weighted; their
+    sum is the loss.
 
     syn, real  Latents of synthetic and of real pictures; real is None without a teacher
     eps, t     [B, C, h, w] normal noise, [B] in 1..999, for the synthetic half
