@@ -25,6 +25,9 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+# Threads that wait should sleep: the processes that read pictures need the cores, too.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
+
 import numpy as np
 import torch
 import torch.distributed as dist
