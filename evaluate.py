@@ -306,6 +306,7 @@ PROTOCOLS = {
     "p3m-p": Protocol("P3M-P R", "recall", (768, 0)),
     "dis5k": Protocol("DIS R", "recall", (768, 0), note="Depth Pro's 200 are chosen by "
                       "--list dis5k=dis5k_sample_list.txt"),
+    "pairs": Protocol("own pairs", "small"),
     "nano": Protocol("small world", "small"),
     "hypersim": Protocol("Hypersim", "depth"),
     "vkitti": Protocol("Virtual KITTI 2", "depth"),
