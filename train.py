@@ -510,8 +510,8 @@ class Muon:
 
 
 def orthogonal(matrix):
-    """U V^T of the matrix U S V^T, roughly: five steps of Newton and Schulz with Jordan's
-    coefficients bring all singular values to 0.7 .. 1.2."""
+    """U V^T of the matrix U S V^T, roughly: five Newton-Schulz steps with Jordan's coefficients
+    bring most singular values to 0.7 .. 1.2."""
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix  # the smaller of X X^T and X^T X
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(5):
@@ -616,6 +616,8 @@ def lock(out, resume):
     if not resume and any((out / name).exists() for name in ("training.pt", "unet")):
         raise UserError(f"--out {out} already holds a run or a model; add --resume to go on with "
                         "a run, or choose another folder")
+    for part in out.glob(".*.part"):  # what a run left that was killed in mid-write: gigabytes
+        part.unlink()
     return claim
 
 
