@@ -1601,7 +1601,7 @@ class TestData:
             assert not torch.equal(a, b)
         assert not flipped.mask[0, 0, -1]
         assert flipped.name == plain.name == "nano/rgb_0.png"
-        assert plain.rgb[:, 0, 0].tolist() == pytest.approx(noise(12, 16)[0, 0] / 127.5 - 1)
+        assert plain.rgb[:, 0, 0].tolist() == pytest.approx(noise(12, 16)[0, 0] / 127.5 - 1, abs=1e-6)
 
     # ------------------------------------------------------------ pictures
     @pytest.mark.parametrize("convert", [
@@ -1807,7 +1807,8 @@ class TestData:
         frames = FrameSet("photos", tmp_path / "t.tar", size=(8, 8))
         assert frames.names == ["a.png", "b.png"]
         assert np.array_equal(frames.read(1)[0], noise(8, 8))
-        assert refused(BadFrame, frames.store.read, "c.png") == "c.png is not in t.tar"
+        assert refused(BadFrame, data.Tar(tmp_path / "t.tar").read, "c.png") == (
+            "c.png is not in t.tar")
 
     @pytest.mark.parametrize("where", [700, 100, -2], ids=["in a file", "in a header", "between"])
     def test_a_cut_shard_is_used_up_to_the_cut_and_named(self, laion, tmp_path, where):
@@ -2287,7 +2288,7 @@ class TestTrain:
     def test_one_batch_can_be_overfitted(self, step):
         optimizer = torch.optim.AdamW(step()[1].unet.parameters(), lr=1e-2)
         losses = []
-        for _ in range(25):
+        for _ in range(15):
             loss = sum(step()[0].values())
             optimizer.zero_grad()
             loss.backward()
@@ -2441,11 +2442,11 @@ class TestTrain:
         world = copy_of(tiny, tmp_path, "base")
         self.lcm_unet().save_pretrained(unsealed(world / "base") / "unet")
         more = ["--base", str(world / "base"), "--val_every", "0", "--lr", "1e-4"]
-        assert main(train, *train_words(tiny, tmp_path / "one", *more)) == 0
+        assert main(train, *train_words(tiny, tmp_path / "one", *more, steps=3)) == 0
         done = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
              "--master_port", str(random.randint(20000, 40000)),
-             str(HERE / "train.py"), *train_words(tiny, tmp_path / "two", *more)],
+             str(HERE / "train.py"), *train_words(tiny, tmp_path / "two", *more, steps=3)],
             capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr[-2000:]
         assert "2 processes" in done.stdout
