@@ -79,6 +79,7 @@ TERMS = ("mae_0", "gm_0", "k", "mae_m1", "gm_m1")
 ENDS = ("_color.png", "_depth.json", "_depth.npy", "_depth.png")
 KITTI = ("2011_09_26/2011_09_26_drive_0002_sync/image_02/data/0000000069.png",
          "2011_09_26_drive_0002_sync/proj_depth/groundtruth/image_02/0000000069.png")
+SQUARE = np.pad(np.full((10, 10), 2.0), 5, constant_values=4)  # depth with one square in front
 SCANNET = "scene0406_02/color/000300"  # the picture of one_frame("scannet"), without .jpg
 
 
@@ -511,6 +512,7 @@ def offline(tmp_path, monkeypatch):
     from huggingface_hub import constants
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
     def cached(hub_id, folder):
         repo, commit = tmp_path / "hub" / f"models--{hub_id.replace('/', '--')}", "0123456789" * 4
         put(repo, "refs/main", commit.encode())
@@ -572,6 +574,7 @@ def trained(tiny, tmp_path, capsys):
 def failing(function, good):
     """`function` for so many calls, then a user's error."""
     left = [None] * good
+
     def call(*arguments):
         if not left:
             raise UserError("stopped by the test")
@@ -673,6 +676,8 @@ def checkpoints(tmp_path_factory):
         model.info = info
         model.save_pretrained(root / name)
     return root
+
+
 read_once = lru_cache(FiffDepth.from_pretrained)
 
 
@@ -682,6 +687,7 @@ def run(tmp_path, monkeypatch, capsys, checkpoints):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
     monkeypatch.setattr(infer.FiffDepth, "from_pretrained", read_once)
+
     def go(*words, checkpoint="disparity"):
         capsys.readouterr()
         status = main(infer, "--checkpoint", checkpoints / checkpoint, "--device", "cpu",
@@ -799,18 +805,14 @@ def slow_recall(depth, alpha):
     return total
 
 
-def square_map():
-    square = np.full((20, 20), 4.0)
-    square[5:15, 5:15] = 2
-    return square
-
-
 def result_row(**changes):
     """What report.py shows of one set and predictor."""
     return {"set": "nyu", "title": "NYUv2", "predictor": "FiffDepth", "weights": "0123456789ab",
             "map": "disparity", "aligned_in": "disparity", "size": 0, "source": "m, cpu, float32",
             "chosen": "", "protocol": "NYUv2, /nyu", "scored": 654, "failed": 0, "count": 654,
             "upside_down": 0, "scores": {"abs_rel": 0.0444, "delta1": 0.9777}} | changes
+
+
 SPEED_UNET = {"block_out_channels": (16,) * 4, "layers_per_block": 1, "attention_head_dim": 8,
               "cross_attention_dim": 32, "norm_num_groups": 8}
 SPEED_VAE = speed.SD_VAE | {"block_out_channels": (16,) * 4, "layers_per_block": 1,
@@ -839,13 +841,8 @@ SPEED_TINY_VAE = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_cha
                   "num_encoder_blocks": (1,) * 4, "num_decoder_blocks": (1,) * 4}
 
 
-def small_method(method):
-    """The method with small networks."""
-    settings = method.settings | SPEED_SETTINGS[method.build]
-    return method._replace(settings=settings | (
-        {"tiny": SPEED_TINY_VAE} if "tiny" in settings else {}))
-SMALL = tuple(map(small_method, speed.METHODS))
-BOTH = ("float32", "bfloat16")
+SMALL = [method._replace(settings=method.settings | SPEED_SETTINGS[method.build] | (
+    {"tiny": SPEED_TINY_VAE} if "tiny" in method.settings else {})) for method in speed.METHODS]
 
 
 def measure(methods=SMALL, images=2, **options):
@@ -853,21 +850,12 @@ def measure(methods=SMALL, images=2, **options):
 
 
 @pytest.fixture
-def native(monkeypatch):
-    """A CPU on which bfloat16 is as fast as float32."""
-    monkeypatch.setattr(speed, "cpu_speedup", lambda dtype: 1.0)
-
-
-@pytest.fixture
 def clock(monkeypatch):
     """The clock of speed.py stands still until a test moves it."""
-    class Clock:
-        now = 0.0
-        def monotonic(self):
-            return self.now
-        perf_counter = monotonic
-    monkeypatch.setattr(speed, "time", Clock())
-    return speed.time
+    clock = SimpleNamespace(now=0.0)
+    clock.monotonic = clock.perf_counter = lambda: clock.now
+    monkeypatch.setattr(speed, "time", clock)
+    return clock
 
 
 def wall_and_ball():
@@ -1192,6 +1180,7 @@ class TestModel:
         old, new = (FiffDepth.from_pretrained(tiny / "base") for _ in range(2))
         with torch.no_grad():
             new.unet.conv_out.bias += 0.5
+
         def replace(*names):
             calls.append(names)
             if len(calls) > len(found):
@@ -1361,6 +1350,7 @@ class TestModel:
     def cpu(self, monkeypatch):
         """cpu(times, times): calls take so long in (float32, bfloat16), on a clock of their own."""
         now = [0.0]
+
         def with_times(conv2d, matmul):
             for module, name, times in ((F, "conv2d", conv2d), (torch, "matmul", matmul)):
                 def call(x, *_, times=times):
@@ -3195,6 +3185,7 @@ class TestInfer:
         pictures = [infer.Picture(Path(f"/{folder}/a{n}.png"), Path(f"a{n}.png"), None)
                     for n in range(10) for folder in "xy"]
         out, start = Path("out"), threading.Barrier(2)
+
         def save_all(mine):
             for p in mine:
                 start.wait()
@@ -3233,6 +3224,7 @@ class TestInfer:
     def test_files_that_another_run_added_meanwhile_go_with_its_set(self, run):
         base = Path("out/a")
         Path("out").mkdir()
+
         def slow(file):  # while this run writes its parts, another one writes a whole set
             other = dict.fromkeys(("_depth.npy", "_cloud.ply"), lambda file: file.write(b"B"))
             infer.write_set(base, other, {"source": "a", "settings": 2})
@@ -3250,6 +3242,7 @@ class TestInfer:
         replace = os.replace
         for n in range(5):  # five renames
             left = [n]
+
             def die(source, target):
                 left[0] -= 1
                 if left[0] < 0:
@@ -3288,6 +3281,7 @@ class TestInfer:
         paths = [picture(f"{name}.png", seed=i) for i, name in enumerate("abc")]
         Image.new("RGB", (40, 24)).save(paths[1])
         forward = FiffDepth.forward
+
         def short_of_memory(self, x):
             if len(x) > 1:
                 raise torch.OutOfMemoryError("out of memory")
@@ -3303,6 +3297,7 @@ class TestInfer:
     def test_a_full_disk_leaves_no_more_than_the_claim(self, run, monkeypatch):
         paths = [picture(f"{name}.png", seed=i) for i, name in enumerate("ab")]
         save_png = infer.save_png
+
         def full(file, array, meaning):
             if "/.a_depth/" in file.name:
                 file.write(b"half")
@@ -3463,7 +3458,7 @@ class TestEvaluate:
         assert ev.pair_accuracy(depth, pairs, "metric") == 1
 
     def test_boundary_f1_golden_values(self):
-        split, square = np.full((8, 8), 2.0), square_map()
+        split, square = np.full((8, 8), 2.0), SQUARE
         split[:, 4:] = 5
         assert ev.boundary_f1(split, split) == pytest.approx(0.25)
         assert ev.boundary_f1(np.ones((8, 8)), np.ones((8, 8))) == 0
@@ -3495,7 +3490,7 @@ class TestEvaluate:
                                                                      abs=1e-12)
 
     def test_boundary_recall_golden_values(self):
-        square = square_map()
+        square = SQUARE
         inside = square == 2
         assert ev.boundary_recall(square, inside) == pytest.approx(1)
         assert ev.boundary_recall(square, inside * 255) == pytest.approx(1)
@@ -4012,6 +4007,7 @@ class TestReport:
 
     # ------------------------------------------------------------ imports
 
+
 class TestSpeed:
     # ------------------------------------------------------------ FLOPs and networks
     def test_flops_count_attention_and_a_multiply_add_is_two(self):
@@ -4046,7 +4042,8 @@ class TestSpeed:
             assert np.allclose(timed.run(picture), want.numpy(), rtol=1e-4)
 
     # ------------------------------------------------------------ the table
-    def test_every_method_has_a_time_finite_maps_and_work_in_each_part(self, native):
+    def test_every_method_has_a_time_finite_maps_and_work_in_each_part(self, monkeypatch):
+        monkeypatch.setattr(speed, "cpu_speedup", lambda dtype: 1.0)  # bfloat16 is not emulated
         found = measure(images=2)
         found += list(speed.measure("cpu", 1, 0, 32, ["bfloat16"], methods=SMALL))
         assert [r["error"] for r in found] == [None] * 12
@@ -4071,7 +4068,7 @@ class TestSpeed:
 
     def test_an_emulated_precision_is_a_row_that_says_so(self, monkeypatch):
         monkeypatch.setattr(speed, "cpu_speedup", lambda dtype: 0.01)
-        single, half = measure(SMALL[:1], precisions=BOTH)
+        single, half = measure(SMALL[:1], precisions=("float32", "bfloat16"))
         assert single["error"] is None
         assert speed.row_of(half)[2:5] == ["bfloat16", "", "emulated on this CPU, not timed"]
 
@@ -4094,6 +4091,7 @@ class TestSpeed:
 
     def test_a_picture_that_takes_too_long_is_stopped(self, clock):
         layer = torch.nn.Identity()
+
         def build(source, settings, dtype, device):
             def run(picture):
                 for _ in range(100):
