@@ -4169,7 +4169,8 @@ class TestPeers:
         return FiffDepth.from_pretrained(out) if code == 0 else code
 
     @pytest.fixture(scope="class")
-    def prompt(self, family):
+    @classmethod
+    def prompt(cls, family):
         """Begin and end, without padding."""
         from transformers import CLIPTextModel
 
