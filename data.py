@@ -855,7 +855,7 @@ def open_to_others(file):
 def replacing(file):
     """Yields a temporary path beside `file` and renames it into place: whole or not at all."""
     file = Path(file)
-    part = file.with_name(f".{os.getpid()}-{zlib.crc32(file.name.encode()):08x}.part")
+    part = file.with_name(f".{os.getpid()}-{zlib.crc32(os.fsencode(file.name)):08x}.part")
     try:
         yield part
         open_to_others(part)

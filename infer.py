@@ -141,7 +141,7 @@ def predict_image(model, image, size=None):
 
 def identity(where, *nets):
     """A short digest of some numbers of every weight: another training gives another."""
-    digest = hashlib.sha1(where.encode())
+    digest = hashlib.sha1(os.fsencode(where))  # also of a path that is not in UTF-8
     for net in nets:
         for name, value in net.state_dict().items():
             some = value.detach().reshape(-1)[::max(1, value.numel() // 64)].float().cpu().numpy()

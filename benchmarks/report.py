@@ -138,7 +138,8 @@ def write_tables(folder, results, others):
             for line in (title, "", *paper_table(columns, results), "")]
     sets = [line for same in by_set.values() for line in set_table(same, others)]
     with replacing(folder / "tables.md") as part:
-        part.write_text(MARK + "\n" + "\n".join(ours + sets), "utf-8")
+        # paths under a locale that is not UTF-8 hold surrogates: back to their own bytes
+        part.write_bytes("\n".join([MARK, *ours, *sets]).encode("utf-8", "surrogateescape"))
     return ours
 
 
