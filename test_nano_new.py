@@ -203,7 +203,8 @@ def test_nano_pretraining_that_is_interrupted_ends_where_it_would_have(tmp_path,
 
 def test_nano_teacher_encoder_is_folded_exactly():
     torch.manual_seed(0)
-    conv, norm, x = nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5, eps=1e-3), torch.randn(2, 3, 8, 8)
+    conv, norm = nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5, eps=1e-3)
+    x = torch.randn(2, 3, 8, 8)
     for values in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
         nn.init.uniform_(values, 0.5, 2)
     stored = {f"c.{k}": v for k, v in conv.state_dict().items()} | {
