@@ -174,6 +174,13 @@ def test_nano_pretrain_makes_a_base_and_a_teacher_and_resumes(tmp_path, monkeypa
         pretrain.main(list(map(str, ship)))
 
 
+def test_nano_pretraining_draws_from_every_store_under_autocast():
+    stores = [torch.full((3, 1, 2, 2), value).half() for value in (1.0, 2.0)]
+    with torch.autocast("cpu", torch.bfloat16):
+        batch = pretrain.draw(stores, 5, torch.Generator().manual_seed(0), "cpu")
+    assert batch.dtype == torch.float32 and batch[:, 0, 0, 0].tolist() == [1, 1, 2, 2]
+
+
 def test_nano_pretraining_that_is_interrupted_ends_where_it_would_have(tmp_path, monkeypatch):
     ticks = itertools.count(step=1000)  # so that a state is written after every step
     monkeypatch.setattr(pretrain.time, "time", lambda: next(ticks))
@@ -203,7 +210,8 @@ def test_nano_pretraining_that_is_interrupted_ends_where_it_would_have(tmp_path,
 
 def test_nano_teacher_encoder_is_folded_exactly():
     torch.manual_seed(0)
-    conv, norm, x = nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5, eps=1e-3), torch.randn(2, 3, 8, 8)
+    conv, norm = nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5, eps=1e-3)
+    x = torch.randn(2, 3, 8, 8)
     for values in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
         nn.init.uniform_(values, 0.5, 2)
     stored = {f"c.{k}": v for k, v in conv.state_dict().items()} | {

@@ -82,8 +82,8 @@ def draw(stores, n, g, device):
     """n random frames (fewer where n is no multiple of the stores), as many from each store
     -> float [n, C, H, W]"""
     each = max(1, n // len(stores))
-    return torch.cat([store[torch.randint(len(store), (each,), generator=g)] for store in stores]
-                     ).to(device).float()
+    return torch.cat([store[torch.randint(len(store), (each,), generator=g)].float()
+                      for store in stores]).to(device)
 
 
 def to_float(rgb):
