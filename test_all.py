@@ -12,6 +12,7 @@ import argparse
 import ast
 import csv
 import io
+import itertools
 import json
 import math
 import os
@@ -42,6 +43,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 HERE = Path(__file__).resolve().parent
@@ -4506,6 +4508,39 @@ class TestNano:
         kept = (out / "fiffdepth" / INFO_FILE).read_bytes()
         assert "is at step 0 of 1; finish it" in refused(UserError, pretrain.main, ship)
         assert (out / "fiffdepth" / INFO_FILE).read_bytes() == kept
+
+    def test_pretraining_draws_from_every_store_under_autocast(self):
+        stores = [torch.full((3, 1, 2, 2), value).half() for value in (1.0, 2.0)]
+        with torch.autocast("cpu", torch.bfloat16):
+            batch = pretrain.draw(stores, 5, torch.Generator().manual_seed(0), "cpu")
+        assert batch.dtype == torch.float32
+        assert batch[:, 0, 0, 0].tolist() == [1, 1, 2, 2]
+
+    def test_pretraining_that_is_interrupted_ends_where_it_would_have(self, tmp_path, monkeypatch):
+        ticks = itertools.count(step=1000)  # so that a state is written after every step
+        monkeypatch.setattr(pretrain.time, "time", lambda: next(ticks))
+
+        def run(work, stop=None):
+            a = SimpleNamespace(work=tmp_path / work, device="cpu", dtype="float32", s_steps=6,
+                                s_batch=4, s_lr=0.1)
+            torch.manual_seed(0)
+            net, seen = nn.Linear(3, 1), itertools.count(1)
+            average = AveragedModel(net, avg_fn=lambda old, new, n: (old + new) / 2)
+
+            def loss_of(g, batch):
+                if next(seen) == stop:
+                    raise KeyboardInterrupt
+                return {"loss": net(torch.randn(batch, 3, generator=g)).square().mean()}
+
+            optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+            pretrain.fit(a, "s", net, loss_of, optimizer, "", average)
+            return [*net.parameters(), *average.parameters()]
+
+        whole = run("whole")
+        with pytest.raises(KeyboardInterrupt):
+            run("parts", stop=4)
+        assert all(map(torch.equal, whole, run("parts")))
+        assert not torch.equal(whole[0], whole[2])
 
     def test_teacher_encoder_is_folded_exactly(self):
         torch.manual_seed(0)
