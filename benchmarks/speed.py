@@ -347,7 +347,7 @@ def time_one(method, source, precision, device, size, images, warm_up, end, titl
             "flops": timed.count(size)}
 
 
-def measure(device, images, warm_up=1, size=512, precisions=("float32",), minutes=20.0,
+def measure(device, images, warm_up=1, size=512, precisions=("float32",), minutes=18.0,
             sources=None, methods=METHODS, finished=None):
     """Yields a dict for each method and precision, which json can store.
 
@@ -502,7 +502,7 @@ def flags():
     add = parser.add_argument
     add("--images", type=int, metavar="N", help="pictures timed for each method, or as many as its "
         "share of --minutes allows; without it, 100 on CUDA and 3 elsewhere")
-    add("--minutes", type=float, default=20.0, help="for the whole table; a method whose first "
+    add("--minutes", type=float, default=18.0, help="for the whole table; a method whose first "
         "picture takes longer than its share of what is left is stopped, and its row says so")
     add("--size", type=int, default=512, metavar="PIXELS", help="sides of the pictures")
     add("--weights", nargs="+", action="extend", default=[], metavar="NAME=DIR|HUB_ID",

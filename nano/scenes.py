@@ -22,7 +22,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process per core; threads inside would fight
 import numpy as np
 from PIL import Image, ImageFilter
 from tqdm import tqdm
@@ -717,4 +716,6 @@ def make(a):
 
 
 if __name__ == "__main__":
+    # one process per core, whose threads would fight; read when a new process loads numpy
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.exit(main())
