@@ -35,6 +35,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
+# Threads that wait should sleep: beside other work, spinning takes ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
+
 import numpy as np
 import pytest
 import safetensors
