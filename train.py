@@ -63,8 +63,8 @@ class Latents(NamedTuple):
 
 
 def training_step(model, syn, real, eps, t, a, filter_noise=None):
-    """One micro-batch -> the five terms of Eq. 7 (Eq. 5 and 6 twice; and low, ours), weighted; their
-    sum is the loss.
+    """One micro-batch -> the weighted terms of Eq. 7, whose sum is the loss: L_MAE and L_GM at t = 0
+    and at t = -1, L_k; and low, ours, off by default.
 
     syn, real  Latents of synthetic and of real pictures; real is None without a teacher
     eps, t     [B, C, h, w] normal noise, [B] in 1..999, for the synthetic half
@@ -83,8 +83,7 @@ def training_step(model, syn, real, eps, t, a, filter_noise=None):
         v_hat = model.eps_hat(bt, t)
         terms["k"] = a.lambda_k * trajectory_loss(v_hat, b0, eps, a_bar)  # Eq. 3
     if real is not None:
-        real_d0 = model.predict(real.x0)  # Eq. 1; its loss comes through the filter, unless
-        # teacher_at_d0 or lambda_low say otherwise
+        real_d0 = model.predict(real.x0)  # Eq. 1; its loss comes through the filter
         seen = real_d0 if filter_noise is None else real_d0 + filter_noise
         dm1 = real_d0 if a.teacher_at_d0 else model.filter(seen)  # Eq. 4; no detach: d_0 learns
         terms["mae_m1"] = a.lambda_mae * mae(dm1, real.d_star)  # Eq. 5
