@@ -27,8 +27,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import HelpFormatter, UserError, command, explain  # noqa: E402
-from model import INFO_FILE, PROMPT_FILE  # noqa: E402
+from data import HelpFormatter, UserError, command, explain, read_json  # noqa: E402
+from model import INFO_FILE, PROMPT_FILE, read_prompt  # noqa: E402
 
 WEIGHTS = "diffusion_pytorch_model"  # diffusers' name of a network's weights
 SIZE = 768  # pixels of the longer side in the network: the default of all of PEERS
@@ -184,13 +184,6 @@ def fetch(source, parts):
                         f"({explain(error)})") from None
 
 
-def read_json(file):
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is missing or damaged ({explain(error)})") from None
-
-
 def read_weights(folder):
     """A network's weights {name: tensor}, in one file or several (with an index). They are mapped:
     each is read from the disk when it is written, so that memory never holds them all."""
@@ -246,24 +239,6 @@ def read_unet(folder, kind):
     return config, state, unet
 
 
-def empty_prompt(folder):
-    """The embedding of two tokens, begin and end -> [1, 2, width]"""
-    from transformers import CLIPTextModel, CLIPTokenizer  # slow to import
-
-    try:
-        files = [f.name for f in (folder / "text_encoder").iterdir()]
-        full = any(f.endswith((".safetensors", ".bin")) and ".fp16" not in f for f in files)
-        tokens = CLIPTokenizer.from_pretrained(folder / "tokenizer")(
-            "", padding="do_not_pad", return_tensors="pt").input_ids
-        encoder = CLIPTextModel.from_pretrained(folder / "text_encoder",
-                                                variant=None if full else "fp16")
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder}: its tokenizer/ and text_encoder/ cannot be read "
-                        f"({explain(error)})") from None
-    with torch.no_grad():
-        return encoder.float()(tokens)[0]
-
-
 # ---------------------------------------------------------------- writing ours
 
 
@@ -308,6 +283,7 @@ def convert(source, out, kind=None, base=None):
     config, state, unet = read_unet(folder, kind)
     schedule = read_json(lender / "scheduler/scheduler_config.json")
     factor = step_factor(schedule, peer.t) if peer.factor is None else peer.factor
+    prompt = read_prompt(lender, unet.config.cross_attention_dim)
     info = describe(peer, kind, source, base, factor, folder / "README.md")
     plain = {"_class_name": "UNet2DConditionModel", "in_channels": unet.config.out_channels,
              "class_embed_type": None, "projection_class_embeddings_input_dim": None}
@@ -318,7 +294,7 @@ def convert(source, out, kind=None, base=None):
         save_network(partial / "vae", *read_network(AutoencoderKL, lender / "vae")[:2])
         make_scheduler(DDPMScheduler, schedule, prediction_type="v_prediction"  # for train.py
                        ).save_pretrained(partial / "scheduler")
-        save_file({"prompt": empty_prompt(lender).contiguous()}, partial / PROMPT_FILE)
+        save_file({"prompt": prompt}, partial / PROMPT_FILE)
         (partial / INFO_FILE).write_text(json.dumps(info, indent=1) + "\n")
         os.replace(partial, out)
     finally:

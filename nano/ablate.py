@@ -36,13 +36,16 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from benchmarks.report import table  # noqa: E402
+from benchmarks.sets import TEST_SETS  # noqa: E402
 from data import FrameSet, HelpFormatter, UserError, command, replacing  # noqa: E402
 from evaluate import pair_accuracy, random_pairs, score  # noqa: E402
 from infer import predict_image  # noqa: E402
 from model import INFO_FILE, FiffDepth, Teacher  # noqa: E402
 from train import fingerprint  # noqa: E402
 
-STYLES = ("clean", "wild")  # of held-out scenes
+ALL = {"abs_rel": "AbsRel, %", "delta1": "delta1, %", "f1": "boundary F1", "pairs": "pairs, %"}
+# Held-out scenes of both styles, and photographs of rooms, whose measured depth has no sharp edges.
+TESTS = {"clean": ALL, "wild": ALL, "nyu": {k: v for k, v in ALL.items() if k != "f1"}}
 # Each variant is the paper's method, gamma 0.5 and lambda_k 0.2, less one of its parts.
 VARIANTS = {
     "full": [],
@@ -57,15 +60,18 @@ SWEEPS = {f"{name} {value}": [f"--{name}", str(value)]
           for name, values in (("gamma", (0, 0.25, 0.75)), ("lambda_k", (0.05, 0.5, 1)),
                                ("filter_noise", (0.5,)), ("lambda_low", (1,)))
           for value in values}
-MEASURES = {"abs_rel": "AbsRel, %", "delta1": "delta1, %", "f1": "boundary F1", "pairs": "pairs, %"}
 
 
 class Claim(NamedTuple):
-    """The variant `better` scores higher than the variant `than` in `measure` on wild scenes."""
+    """The variant `better` scores higher than the variant `than` in `measure`, on photographs where
+    they were scored and measure that, else on wild scenes."""
     text: str
     better: str
     than: str
     measure: str
+
+    def test(self, line):
+        return "nyu" if self.measure in line.get("nyu", ()) else "wild"
 
 
 CLAIMS = (
@@ -96,8 +102,8 @@ def train_and_score(name, seed, a):
     model, line = FiffDepth.from_pretrained(out), {
         "of": a.of, "base": a.base.name, "variant": name, "seed": seed, "steps": a.steps,
         "seconds_a_step": round(seconds_a_step(out), 3), "workers": a.workers}
-    for style in STYLES:
-        line[style] = scores_on(model, a.data / style / "test", a.frames)
+    for test, frames in a.tests.items():
+        line[test] = scores_on(model, frames, a.frames, TESTS[test])
     with a.lock, open(a.results, "a") as file:
         file.write(json.dumps(line) + "\n")
     (out / "training.pt").unlink(missing_ok=True)  # only resuming needed it
@@ -115,7 +121,7 @@ def train_one(out, seed, flags, a):
     else:
         command += ["--steps", str(a.steps), "--seed", str(seed), "--val_every", "0",
                     "--base", a.base, "--teacher", a.teacher, "--cache", a.cache,
-                    "--data", f"nano={a.data}/clean/train", f"photos={a.data}/wild/train",
+                    "--data", f"nano={a.data}/clean/train", f"photos={a.photos}",
                     *shlex.split(a.more), *flags]
     threads = str(max(1, os.cpu_count() // a.workers))
     log_file = a.work / f"{out.name}.log"
@@ -150,11 +156,11 @@ def seconds_a_step(out):
     return pictures / statistics.median(rates[len(rates) // 2:])
 
 
-def scores_on(model, folder, count):
-    """Means over the first `count` frames of a held-out folder -> {measure: value}, and the number
-    of those that all measures could score."""
-    frames, rows = FrameSet("nano", folder), []
-    for i in range(min(count, len(frames))):
+def scores_on(model, frames, count, measures=ALL):
+    """Means over `count` frames of a held-out set, evenly spaced -> {measure: value}, and the
+    number of those that all measures could score."""
+    rows = []
+    for i in range(0, len(frames), max(1, len(frames) // count))[:count]:
         rgb, depth, valid = frames.or_stop(frames.read, i)
         pred, space = predict_image(model, rgb), model.info["target"]
         pairs = random_pairs(depth, valid, zlib.crc32(frames.names[i].encode()))
@@ -162,7 +168,8 @@ def scores_on(model, folder, count):
                      pair_accuracy(pred, pairs, space)))
     rows = np.array(rows)
     rows = rows[np.isfinite(rows).all(1)]  # all means are of the same frames
-    return dict(zip(MEASURES, rows.mean(0).round(5).tolist())) | {"scored": len(rows)}
+    means = dict(zip(ALL, rows.mean(0).round(5).tolist()))
+    return {measure: means[measure] for measure in measures} | {"scored": len(rows)}
 
 
 # ---------------------------------------------------------------- many runs, and what they say
@@ -238,20 +245,22 @@ def reports(file):
 def report(lines):
     """Markdown: the table of variants and sweeps, then a verdict for each claim."""
     names = [name for name in VARIANTS | SWEEPS if any(x["variant"] == name for x in lines)]
-    scored = min(line[style]["scored"] for line in lines for style in STYLES)
-    yield (f"{lines[0]['steps']} steps a run from {lines[0]['base']}, {scored} scenes of each "
-           "style, mean ± standard deviation over seeds")
+    tests = [test for test in TESTS if test in lines[0]]
+    scored = ", ".join(f"{min(line[test]['scored'] for line in lines)} {test}" for test in tests)
+    yield (f"{lines[0]['steps']} steps a run from {lines[0]['base']}; pictures scored: {scored}; "
+           "mean ± standard deviation over seeds")
     yield ""
-    head = [f"{style}: {text}" for style in STYLES for text in MEASURES.values()]
-    yield from table(["variant", "seeds", *head], (
+    columns = [(test, measure) for test in tests for measure in TESTS[test]]
+    yield from table(["variant", "seeds", *(f"{t}: {TESTS[t][m]}" for t, m in columns)], (
         [name, sum(x["variant"] == name for x in lines),
-         *(spread(values(lines, name, style, measure), measure)
-           for style in STYLES for measure in MEASURES)] for name in names))
+         *(spread(values(lines, name, *column), column[1]) for column in columns)]
+        for name in names))
     yield ""
-    pairs = ((claim, *(values(lines, name, "wild", claim.measure)
+    pairs = ((claim, *(values(lines, name, claim.test(lines[0]), claim.measure)
                        for name in (claim.better, claim.than))) for claim in CLAIMS)
-    yield from table(["claim", "on wild scenes", "with", "without", "verdict"], (
-        [claim.text, MEASURES[claim.measure], f"{claim.better}: {spread(better, claim.measure)}",
+    yield from table(["claim", "measured by", "with", "without", "verdict"], (
+        [claim.text, f"{claim.test(lines[0])}: {ALL[claim.measure]}",
+         f"{claim.better}: {spread(better, claim.measure)}",
          f"{claim.than}: {spread(than, claim.measure)}", verdict(better, than)]
         for claim, better, than in pairs if better and than))
 
@@ -266,8 +275,8 @@ def widest_experiment(file):
     return max(reversed(variants), key=lambda of: len(variants[of]))
 
 
-def values(lines, name, style, measure):
-    return [line[style][measure] for line in lines if line["variant"] == name]
+def values(lines, name, test, measure):
+    return [line[test][measure] for line in lines if line["variant"] == name]
 
 
 def spread(numbers, measure):
@@ -315,6 +324,8 @@ def main(argv=None):
     add("--frames", type=int, default=128, help="held-out frames scored of each style")
     add("--workers", type=int, default=2, help="runs at a time, each on its share of the cores")
     add("--data", type=Path, default=HERE / "data", help="folder that nano/scenes.py wrote")
+    add("--photos", type=Path, help="real half of each batch; without it wild/train in --data")
+    add("--nyu", type=Path, help="NYUv2's test pictures in Marigold's layout, to be scored, too")
     add("--base", type=Path, default=HERE / "weights/fiffdepth",
         help="weights to start from, of FiffDepth or of the generator")
     add("--teacher", type=Path, default=HERE / "weights/teacher", help="source of pseudo-labels")
@@ -334,6 +345,11 @@ def main(argv=None):
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if a.report:
         return write_report(a.results)
+    a.photos = a.photos or a.data / "wild/train"
+    # now: a wrong folder must not wait for the first training to end
+    a.tests = {style: FrameSet("nano", a.data / style / "test") for style in ("clean", "wild")}
+    if a.nyu:
+        a.tests["nyu"] = FrameSet("nyu", a.nyu, flag="--nyu", rows=TEST_SETS)
     a.of, a.lock, a.children = identity(a), threading.Lock(), []
     a.work = a.work / a.of
     a.work.mkdir(parents=True, exist_ok=True)
@@ -344,13 +360,12 @@ def main(argv=None):
 
 def identity(a):
     """Of all that the runs have in common; other weights or settings are another experiment."""
-    for style in STYLES:  # now: a wrong folder must not wait for the first training to end
-        FrameSet("nano", a.data / style / "test")
     base = FiffDepth.from_pretrained(a.base)
     nets = (base.unet, base.vae, Teacher.from_pretrained(a.teacher))
-    frames = [len(list((a.data / folder).glob("rgb_*.png")))
-              for folder in ("clean/train", "wild/train", "clean/test", "wild/test")]
-    made_of = [[fingerprint(net) for net in nets], frames, a.steps, a.frames, a.more]
+    sets = [FrameSet("nano", a.data / "clean/train"), FrameSet("photos", a.photos),
+            *a.tests.values()]
+    made_of = [[fingerprint(net) for net in nets], [len(s) for s in sets], a.steps, a.frames,
+               a.more]
     return hashlib.sha1(json.dumps(made_of).encode()).hexdigest()[:8]
 
 

@@ -217,7 +217,8 @@ def train_vae(a):
     latent space smooth."""
     pictures, maps = pictures_and_maps(a, a.vae_frames)
     torch.manual_seed(0)
-    vae = new_vae().to(a.device)
+    vae = load_vae(a.base / "generator", torch.float32) if a.base else new_vae()
+    vae = vae.to(a.device)
 
     def loss_of(g, batch):
         rgb = to_float(draw(pictures, batch // 2, g, a.device))
@@ -279,7 +280,8 @@ def new_generator(a, size):
     folders = [f for f in (a.work / "vae", a.out / "generator/vae") if (f / "config.json").exists()]
     if not folders:
         raise UserError(f"{a.work}/vae is not there; first: python nano/pretrain.py vae")
-    vae, unet = load_vae(folders[0], torch.float32), new_unet()
+    vae = load_vae(folders[0], torch.float32)
+    unet = FiffDepth.from_pretrained(a.base / "generator").unet if a.base else new_unet()
     # two tokens that mean nothing
     prompt = torch.randn(1, 2, unet.config.cross_attention_dim,
                          generator=torch.Generator().manual_seed(0))
@@ -376,8 +378,10 @@ def train_teacher(a):
         x = ((recolour(x, g) - mean) / std).contiguous(memory_format=torch.channels_last)
         return relative_loss(net(x).predicted_depth.float()[:, None], target)
 
-    sources = parse_sources(a.val or [f"nano={a.data}/wild/test"], (), SETS + TEST_SETS, "--val")
-    sets = [FrameSet(name, *source, cap=64, flag="--val") for name, source in sources.items()]
+    rows = SETS + TEST_SETS
+    sources = parse_sources(a.val or [f"nano={a.data}/wild/test"], (), rows, "--val")
+    sets = [FrameSet(name, *source, cap=64, flag="--val", rows=rows)
+            for name, source in sources.items()]
 
     def watch():
         teacher.net = average.module
@@ -424,7 +428,8 @@ def ship(a):
 def card(a, stage, minutes, net, scores, log=None, command=None):
     """A stage's entry in card.json, how it was made and what came out, and its log beside it."""
     flags = {k: v for k, v in vars(a).items() if k.startswith(f"{stage}_")}
-    changed = "".join(f" --{k} {v}" for k, v in flags.items() if v != a.defaults[k])
+    changed = "".join(f" --{k} {v}" for k, v in {"base": a.base, **flags}.items()
+                      if v != a.defaults[k] and (k != "base" or stage in ("vae", "generator")))
     file = a.out / "card.json"
     (a.out / "logs").mkdir(parents=True, exist_ok=True)
     shutil.copyfile(log or a.work / f"{stage}.jsonl", a.out / f"logs/{stage}.jsonl")
@@ -450,6 +455,8 @@ def main(argv=None):
     add("--labelled", type=Path, help="labelled wild frames, of any size from that of --data up; "
         "without it wild/labelled in --data")
     add("--photos", type=Path, help="folder of photographs for the autoencoder and the generator")
+    add("--base", type=Path, help="folder like --out: the autoencoder and the generator go on from "
+        "those there, instead of from nothing")
     add("--val", nargs="+", metavar="NAME=PATH", help="sets with depth to watch the teacher on; "
         "without it nano, wild/test in --data")
     add("--out", type=Path, default=here / "weights", help="finished weights")
