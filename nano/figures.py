@@ -217,14 +217,15 @@ def failures(w):
 
 
 def photos(w):
-    """Photographs, which the shipped weights never saw, as squares of the training size."""
+    """Photographs that the weights never saw, as squares of the training size, two in a row."""
     frames = FrameSet("photos", w.a.photos, size=(w.model.info["size"],) * 2)
     rows = []
     for i in range(len(frames)):
         rgb = frames.or_stop(frames.sample, i, False).rgb
         d0, _, label = w.predictions(rgb)
         rows.append([pixels(rgb), *(colorize(m, "disparity") for m in (d0, label))])
-    return sheet(rows, ("picture", "d_0", "teacher"))
+    pairs = [sum(rows[k:k + 2], []) for k in range(0, len(rows), 2)]  # two a row of the sheet
+    return sheet(pairs, ("picture", "d_0", "teacher") * 2)
 
 
 def matplotlib_pyplot():
