@@ -471,7 +471,7 @@ def main(argv=None):
         help="precision of the computation; auto: the faster one; a state keeps its own")
     for stage, steps, batch, lr, frames in (("vae", 8000, 8, 1e-3, 8000),
                                             ("generator", 6000, 64, 2e-3, 12000),
-                                            ("teacher", 8000, 16, 1e-3, 64000)):
+                                            ("teacher", 8000, 16, 4e-4, 64000)):
         add(f"--{stage}_steps", type=int, default=steps, help="optimiser steps")
         add(f"--{stage}_batch", type=int, default=batch, help="pictures a step")
         add(f"--{stage}_lr", type=float, default=lr, help="peak learning rate")

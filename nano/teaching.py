@@ -95,5 +95,7 @@ def relative_loss(out, target):
     y = (out - out.mean((2, 3), keepdim=True)) / spread * wanted + 1
     log = (y.clamp(min=0.03).log() - target.clamp(min=0.03).log()).abs()
     edges = sum(gradient_matching(F.avg_pool2d(y, k), F.avg_pool2d(target, k)) for k in (1, 2, 4))
+    # nothing above holds the output's own level, which must not drift to where softplus is 0
+    level = out.mean((2, 3)).clamp(min=1e-6).log().square().mean()
     return {"relative": ((y - target).abs() / (target + 0.2)).mean(),
-            "log": 0.5 * (log * (target > 0)).mean(), "edges": 0.5 * edges}
+            "log": 0.5 * (log * (target > 0)).mean(), "edges": 0.5 * edges, "level": 0.01 * level}
