@@ -101,8 +101,8 @@ def block_mean(d, cells=4):
 
 
 def masked_residual(d, d_star, mask):
-    """R = d − d*, 0 where invalid, and the mask at R's shape. torch.where also keeps a
-    NaN in an invalid cell out of the gradient; a product with the mask would not."""
+    """R = d − d*, 0 where invalid, and the mask at R's shape. torch.where drops a NaN in an
+    invalid cell; a product with the mask would keep it."""
     if d.shape != d_star.shape:
         raise ValueError(
             f"prediction {tuple(d.shape)} and target {tuple(d_star.shape)} differ in shape")
