@@ -3385,9 +3385,9 @@ class TestEvaluate:
 
     def test_score_is_aligned_and_clipped(self):
         depth = np.linspace(1, 9, 48).reshape(6, 8)
-        assert ev.score(2 * depth + 1, depth, np.ones((6, 8), bool), "depth", 0, 99) == (
+        assert ev.score(2 * depth + 1, depth, True, "depth", 0, 99) == (
             pytest.approx(0, abs=1e-9), 1, pytest.approx(ev.boundary_f1(depth, depth)))
-        assert ev.score(depth, depth, np.ones((6, 8), bool), "depth", 0, 5)[0] > 0.1
+        assert ev.score(depth, depth, True, "depth", 0, 5)[0] > 0.1
 
     def test_align_thins_columns_as_the_public_code_does(self):
         g = np.random.default_rng(0)
@@ -3407,20 +3407,17 @@ class TestEvaluate:
             depth * 1.1, depth, np.array([[True, False], [True, False]]))
 
     def test_metrics_by_hand(self):
-        depth = np.array([[1.0, 2], [4, 8]])
-        column = np.array([[True], [False]])
-        assert ev.abs_rel(depth * 1.1, depth, column) == pytest.approx(0.1)
+        depth, ln2 = np.array([[1.0, 2], [4, 8]]), np.log(2)
+        assert ev.abs_rel(depth * 1.1, depth, np.array([[True], [False]])) == pytest.approx(0.1)
         assert ev.delta1(-depth, depth, True) == 0  # a negative depth is wrong
         out = ev.other_metrics(np.array([[2.0, 2.0]]), np.array([[1.0, 4.0]]), True)
-        ln2 = np.log(2)
         assert out == pytest.approx({"rmse": np.sqrt(2.5), "rmse_log": ln2, "log10": np.log10(2),
                                      "silog": 100 * ln2, "delta2": 0, "delta3": 0})
         out = ev.other_metrics(np.array([[1.5, 1.9]]), np.array([[1.0, 1.0]]), True)
         assert (out["delta2"], out["delta3"]) == (0.5, 1)
-        scaled = ev.other_metrics(np.array([[3.0, 6.0]]), np.array([[1.0, 2.0]]), True)
+        scaled = ev.other_metrics(3 * depth, depth, True)
         assert scaled["silog"] == pytest.approx(0, abs=1e-6)  # invariant to scale
-        nothing = ev.other_metrics(np.ones((1, 2)), np.ones((1, 2)), False)
-        assert all(np.isnan(value) for value in nothing.values())
+        assert all(np.isnan(x) for x in ev.other_metrics(depth, depth, False).values())
 
     def test_pair_accuracy_and_its_ties(self):
         pred = np.array([[3.0, 1.0], [3.0, np.nan]])
@@ -3442,50 +3439,42 @@ class TestEvaluate:
         assert ev.pair_accuracy(depth, pairs, "metric") == 1
 
     def test_boundary_f1_golden_values(self):
-        split, square = np.full((8, 8), 2.0), SQUARE
-        split[:, 4:] = 5
+        split, hole = np.full((8, 8), 2.0), SQUARE.copy()
+        split[:, 4:], hole[:, :2] = 5, 0
         assert ev.boundary_f1(split, split) == pytest.approx(0.25)
         assert ev.boundary_f1(np.ones((8, 8)), np.ones((8, 8))) == 0
-        assert ev.boundary_f1(square, square) == pytest.approx(1)
-        assert ev.boundary_f1(np.roll(square, 1, 1), square) == pytest.approx(0.45)
-        faint = np.where(square == 2, 2.0, 2.24)
-        assert ev.boundary_f1(faint, square) == pytest.approx(0.376812, abs=1e-6)
-        hole = square.copy()
-        hole[:, :2] = 0
-        assert ev.boundary_f1(square, hole) < 1
-        assert ev.boundary_f1(square, hole, hole > 0) == pytest.approx(1)
+        assert ev.boundary_f1(SQUARE, SQUARE) == pytest.approx(1)
+        assert ev.boundary_f1(np.roll(SQUARE, 1, 1), SQUARE) == pytest.approx(0.45)
+        faint = np.where(SQUARE == 2, 2.0, 2.24)
+        assert ev.boundary_f1(faint, SQUARE) == pytest.approx(0.376812, abs=1e-6)
+        assert ev.boundary_f1(SQUARE, hole) < 1
+        assert ev.boundary_f1(SQUARE, hole, hole > 0) == pytest.approx(1)
 
     @pytest.mark.parametrize("kind", ["noise", "ties", "smooth", "holes", "steps"])
     def test_boundary_recall_is_the_definition(self, kind):
         g = np.random.default_rng(len(kind))
-        for _ in range(3):
-            H, W = g.integers(2, 24, 2)
-            depth, alpha = np.exp(g.normal(0, 0.3, (H, W))), g.random((H, W))
-            if kind == "ties":
-                depth = np.round(depth * 4) / 4
-            elif kind == "smooth":
-                depth = np.exp(np.cumsum(np.full((H, W), 0.11), 1))
-            elif kind == "holes":
-                for share, hole in ((0.2, np.inf), (0.1, 0), (0.1, np.nan)):
-                    depth[g.random((H, W)) < share] = hole
-            elif kind == "steps":
-                depth = np.where(g.random((H, W)) < 0.5, 2.0, 2.3)
+        for H, W in g.integers(2, 24, (3, 2)):
+            noisy = np.exp(g.normal(0, 0.3, (H, W)))
+            share, alpha = g.random((2, H, W))
+            depth = {"noise": noisy, "ties": np.round(noisy * 4) / 4,
+                     "smooth": np.exp(np.cumsum(np.full((H, W), 0.11), 1)),
+                     "holes": np.select([share < 0.2, share < 0.3, share < 0.4],
+                                        [np.inf, 0, np.nan], noisy),
+                     "steps": np.where(share < 0.5, 2.0, 2.3)}[kind]
             assert ev.boundary_recall(depth, alpha) == pytest.approx(slow_recall(depth, alpha),
                                                                      abs=1e-12)
 
     def test_boundary_recall_golden_values(self):
-        square = SQUARE
-        inside = square == 2
-        assert ev.boundary_recall(square, inside) == pytest.approx(1)
-        assert ev.boundary_recall(square, inside * 255) == pytest.approx(1)
-        assert ev.boundary_recall(np.roll(square, 1, 1), inside) == pytest.approx(0.45)
-        assert ev.boundary_recall(6 - square, inside) == 0
-        assert ev.boundary_recall(square, inside, True) == ev.boundary_recall(square, inside)
-        assert np.isnan(ev.boundary_recall(square, inside, np.zeros((20, 20), bool)))
-        hidden, broken = np.ones((20, 20), bool), square.copy()
+        inside, hidden, broken = SQUARE == 2, np.ones((20, 20), bool), SQUARE.copy()
+        assert ev.boundary_recall(SQUARE, inside) == pytest.approx(1)
+        assert ev.boundary_recall(SQUARE, inside * 255) == pytest.approx(1)
+        assert ev.boundary_recall(np.roll(SQUARE, 1, 1), inside) == pytest.approx(0.45)
+        assert ev.boundary_recall(6 - SQUARE, inside) == 0
+        assert ev.boundary_recall(SQUARE, inside, True) == ev.boundary_recall(SQUARE, inside)
+        assert np.isnan(ev.boundary_recall(SQUARE, inside, np.zeros((20, 20), bool)))
         hidden[:, 12:] = False  # the edge to the right is not asked for, three directions remain
         broken[:, 12:] = np.nan  # what lies under the mask, a larger ratio too, changes nothing
-        assert ev.boundary_recall(square, inside, hidden) == pytest.approx(0.75)
+        assert ev.boundary_recall(SQUARE, inside, hidden) == pytest.approx(0.75)
         assert ev.boundary_recall(broken, inside, hidden) == pytest.approx(0.75)
 
     def test_raw_maps_become_positive_depth(self):
@@ -3504,17 +3493,15 @@ class TestEvaluate:
         assert len(drawn) <= 6  # memory does not grow with the set
         assert [0, *results] == [k * k for k in range(40)]
 
-    @pytest.mark.parametrize("space,values,cells", [
-        ("depth", lambda depth: depth / 20 + 0.1, ["1", "0", "0", "0.00%", "100.00%"]),
-        ("depth", lambda depth: 5 - depth / 20, ["1", "0", "1", "0.00%", "100.00%"]),
-        ("metric", lambda depth: depth * 2 - 1, ["1", "0", "0", "0.00%", "100.00%"]),
-        ("disparity", lambda depth: 1 / np.maximum(depth, 1), ["1", "0", "0", "0.00%", "100.00%"])])
-    def test_least_squares_forgives_scale_and_shift_and_counts_maps_upside_down(
-            self, score_map, space, values, cells):
-        depth = np.maximum(one_frame("scannet")[1], 1)
-        status, out, err = score_map(values(depth), space)
+    @pytest.mark.parametrize("space,values,upside_down", [
+        ("depth", lambda d: d / 20 + 0.1, "0"), ("depth", lambda d: 5 - d / 20, "1"),
+        ("metric", lambda d: d * 2 - 1, "0"), ("disparity", lambda d: 1 / np.maximum(d, 1), "0"),
+        ("depth", lambda d: np.where((d > 1) & (d < 10), d / 20, np.nan), "0"),  # is not judged
+        ("depth", lambda d: np.where((d > 1) & (d < 10), d / 20, np.inf), "0")])
+    def test_least_squares_forgives_scale_and_shift(self, score_map, space, values, upside_down):
+        status, out, err = score_map(values(one_frame("scannet")[1]), space)
         assert (status, err) == (0, "")
-        assert cells_of(out, "maps") == cells
+        assert cells_of(out, "maps") == ["1", "0", upside_down, "0.00%", "100.00%"]
         assert "known: 800" in out
 
     @pytest.mark.parametrize("space,values,reason", [
@@ -3533,17 +3520,10 @@ class TestEvaluate:
         assert err.startswith("maps, 1 without a score: ")
         assert cells_of(out, "maps")[:2] == ["0", "1"]
 
-    def test_what_is_not_judged_need_not_be_finite(self, score_map):
-        _, depth, valid = one_frame("scannet")
-        pred = np.where(valid, depth / 20, np.nan)
-        assert cells_of(score_map(pred)[1], "maps")[3:] == ["0.00%", "100.00%"]
-        pred[0, 0] = np.inf  # its truth is invalid
-        assert cells_of(score_map(pred)[1], "maps")[3:] == ["0.00%", "100.00%"]
-
-    COLUMN = np.linspace(1, 0, 12)[:, None] * np.ones(16)
-
-    def test_da2k_counts_missing_pictures_as_wrong(self, score_maps, tmp_path):
-        maps = {f"images/{image}": self.COLUMN for image in ("indoor/a", "aerial/b")}
+    def test_da2k_is_judged_at_points_and_counts_missing_as_wrong(self, score_maps, tmp_path):
+        column = np.linspace(1, 0, 12)[:, None] * np.ones(16)
+        column[5] = np.nan  # no point lies there
+        maps = {f"images/{image}": column for image in ("indoor/a", "aerial/b")}
         status, out, err = score_maps("disparity", maps, da2k=da2k(tmp_path / "all"))
         assert (status, err) == (0, "")
         assert cells_of(out, "maps") == ["2", "0", "66.67%", "50.00%", "100.00%"]
@@ -3555,13 +3535,6 @@ class TestEvaluate:
             assert "b.png" in err
             assert cells_of(out, "maps") == ["1", "1", "33.33%", "50.00%", "0.00%"]
             assert ", longer side its own |  |  |  |  |  | 33.3 (1 of 2) |" in out
-
-    def test_da2k_is_judged_at_its_points(self, score_maps, tmp_path):
-        values = self.COLUMN.copy()
-        values[5] = np.nan  # no point lies there
-        maps = {f"images/{image}": values for image in ("indoor/a", "aerial/b")}
-        out = score_maps("disparity", maps, da2k=da2k(tmp_path / "da2k"))[1]
-        assert cells_of(out, "maps")[:3] == ["2", "0", "66.67%"]
 
     @pytest.mark.parametrize("part, cells", [
         ((slice(None),) * 2, ["1", "0", "0", "0.00%", "100.00%"]),
@@ -3591,31 +3564,26 @@ class TestEvaluate:
         roots = {name: write(tmp_path / name, one_frame(name)[0]) for name in ("sintel", "am2k")}
         maps = {"sintel/training/final/alley_1/frame_0001": 1 / one_frame("sintel")[1],
                 "am2k/validation/original/m_1": one_frame("am2k")[1] + 1}
-        out = score_maps("disparity", maps, **roots)[1]
-        for words in ("F1 (raw)", "F1 (aligned)", "recall (raw)", "sky counts as the farthest",
-                      "1 / max(x, max(x)/1000)", ", raw disparity, longer side its own",
-                      "| FiffDepth (paper) | 0.423 | 0.086 |",
-                      "| 1.000 (1 of 200) |"):  # the matte as disparity finds all its boundaries
-            assert words in out
+        says(score_maps("disparity", maps, **roots)[1], "F1 (raw)", "F1 (aligned)",
+             "recall (raw)", "sky counts as the farthest", "1 / max(x, max(x)/1000)",
+             ", raw disparity, longer side its own", "| FiffDepth (paper) | 0.423 | 0.086 |",
+             "| 1.000 (1 of 200) |")  # the matte as disparity finds all its boundaries
         assert "F1 (metric)" in score_maps("metric", {}, **roots)[1]
 
     def test_the_small_worlds_table(self, tiny, evaluate, tmp_path):
-        for i in range(3):
-            put(tmp_path, f"val/rgb_{i:05}.png", image_bytes(noise(24, 32, i)) if i < 2 else b"")
-            put(tmp_path, f"val/depth_{i:05}.png", image_bytes(ramp(24, 32)))
+        put(nano(tmp_path / "val", 3, 24, 32), "rgb_00002.png", b"")
         status, out, err = evaluate("--checkpoint", tiny / "base", "--dtype", "float32", "--data",
                                     f"nano={tmp_path / 'val'}", "--all_metrics")
         assert status == 1
         assert err.count("rgb_00002.png") == 3  # of model, teacher and ramp
         assert re.search(r"\| FiffDepth /\S+, cpu, float32 \| disparity \| disparity \| native \| "
                          r"2 \| 1 \|", out)
-        assert "| teacher nano/weights/teacher, cpu, float32 | disparity |" in out
-        assert "| vertical ramp | disparity |" in out
-        assert "| AbsRel | delta1 | boundary F1 (aligned) | pairs | RMSE m |" in out
+        says(out, "| teacher nano/weights/teacher, cpu, float32 | disparity |",
+             "| vertical ramp | disparity |",
+             "| AbsRel | delta1 | boundary F1 (aligned) | pairs | RMSE m |")
 
     # ------------------------------------------------------------ files
-    def test_a_kill_loses_nothing_and_other_weights_or_files_are_scored_again(
-            self, evaluate, tmp_path, monkeypatch):
+    def test_only_what_is_lost_or_changed_is_scored_again(self, evaluate, tmp_path, monkeypatch):
         def new_calls():
             calls.clear()
             assert evaluate(*command)[0] == 0
@@ -3649,18 +3617,17 @@ class TestEvaluate:
         assert new_calls() == 0
         assert len(list((tmp_path / "r").glob("*.jsonl"))) == 3
 
-    @pytest.mark.parametrize("name", ["NAME.npy", "NAME_depth.npy", "NAME_jpg_depth.npy",
-                                      "pred_NAME.npy", "NAME.npz", "pred_NAME.tif",
-                                      "NAME_depth.tiff", "NAME_depth.png"])
-    @pytest.mark.parametrize("below", ["", "scannet/"])
-    def test_maps_of_all_names_and_formats(self, score_map, tmp_path, name, below):
+    @pytest.mark.parametrize("name", [
+        "NAME.npy", "NAME_depth.npy", "NAME_jpg_depth.npy", "pred_NAME.npy", "scannet/NAME.npy",
+        "NAME.npz", "pred_NAME.tif", "NAME_depth.tiff", "NAME_depth.png"])
+    def test_maps_of_all_names_and_formats(self, score_map, tmp_path, name):
         values = (one_frame("scannet")[1] / 20 + 0.1).astype(np.float32)
-        folder, stem = SCANNET.rsplit("/", 1)
-        file, zipped = tmp_path / "maps" / below / folder / name.replace("NAME", stem), io.BytesIO()
+        zipped, (folder, stem) = io.BytesIO(), SCANNET.rsplit("/", 1)
         np.savez(zipped, depth=values, focallength_px=600.0)
-        put(file.parent, file.name, {
+        below, _, file = name.replace("NAME", stem).rpartition("/")
+        put(tmp_path / "maps" / below / folder, file, {
             ".npz": zipped.getvalue(), ".npy": npy_bytes(values),
-            ".png": image_bytes((values * 65535).astype(np.uint16))}.get(file.suffix)
+            ".png": image_bytes((values * 65535).astype(np.uint16))}.get(Path(file).suffix)
             or image_bytes(values, "TIFF"))
         status, out, err = score_map()
         assert (status, err) == (0, "")
@@ -3676,23 +3643,22 @@ class TestEvaluate:
     TWO_MAPS = io.BytesIO()
     np.savez(TWO_MAPS, a=np.ones(3), b=np.ones(3))
 
-    @pytest.mark.parametrize("name, content, words", [
-        (".npy", b"", "no .npy file of numbers"), (".npy", b"text", "no .npy file of numbers"),
-        (".npz", b"PK\3\4 cut", "no .npz file of numbers"),
-        (".npz", TWO_MAPS.getvalue(), "the map's .npz holds a, b;"),
-        (".png", image_bytes(noise(24, 32)), "not 16-bit grey"),
-        (".png", b"x", "not an image file"),
-        (".tif", image_bytes(noise(24, 32), "TIFF"), "of mode RGB, not of floating point"),
-        (".exr", b"x", "no map of the picture's name")])
-    def test_maps_that_cannot_be_read_say_why(self, score_map, tmp_path, name, content, words):
+    @pytest.mark.parametrize("space, name, content, words", [
+        ("depth", ".npy", b"", "no .npy file of numbers"),
+        ("depth", ".npy", b"text", "no .npy file of numbers"),
+        ("depth", ".npz", b"PK\3\4 cut", "no .npz file of numbers"),
+        ("depth", ".npz", TWO_MAPS.getvalue(), "the map's .npz holds a, b;"),
+        ("depth", ".png", image_bytes(noise(24, 32)), "not 16-bit grey"),
+        ("depth", ".png", b"x", "not an image file"),
+        ("depth", ".tif", image_bytes(noise(24, 32), "TIFF"), "mode RGB, not of floating point"),
+        ("depth", ".exr", b"x", "no map of the picture's name"),
+        ("metric", ".png", image_bytes(ramp(24, 32)), "does not say its unit")])
+    def test_maps_that_cannot_be_read_say_why(self, score_map, tmp_path, space, name, content,
+                                              words):
         put(tmp_path, f"maps/{SCANNET}{name}", content)
-        status, _, err = score_map()
+        status, _, err = score_map(None, space)
         assert status == 1
         assert words in err
-
-    def test_a_png_is_no_metric_map(self, score_map, tmp_path):
-        put(tmp_path, f"maps/{SCANNET}.png", image_bytes(ramp(24, 32)))
-        assert "does not say its unit" in score_map(None, "metric")[2]
 
     def test_the_sets_own_files_are_no_maps(self, evaluate, tmp_path):
         files = one_frame("diode")[0]
@@ -3707,20 +3673,17 @@ class TestEvaluate:
 
     # ------------------------------------------------------------ mistakes
     @pytest.mark.parametrize("command, words", [
-        ("--data nyu=DIR/empty", "expected Marigold's NYUv2"),
-        ("--data nyu=DIR/nothing", "no file or folder"),
-        ("--data nyx=DIR", "unknown name nyx"),
-        ("--data da2k=DIR/empty", "no annotations.json"),
-        ("--data da2k=DIR/bad", "annotations.json is not as DA-2K's"),
-        ("--data da2k=DIR/bad --list da2k=DIR/list.txt", "annotations.json is its list"),
-        ("--data SET --predictions DIR", "--predictions needs one --space"),
-        ("--data SET --predictions DIR --space depth --size 9", "--size has no meaning"),
-        ("--data SET --predictions DIR/no --space depth", "no such folder"),
-        ("--data SET --space metric", "only --predictions"),
-        ("--data SET --stride 0", "--stride 0: must be at least 1"),
-        ("--data SET --size -1", "--size -1"),
-        ("--data SET --predictions DIR --space depth --out DIR/list.txt", "is a file"),
-        ("--data TWO --predictions DIR/maps --space depth", "would be the map of two pictures")])
+        ("nyu=DIR/empty", "expected Marigold's NYUv2"), ("nyu=DIR/nothing", "no file or folder"),
+        ("nyx=DIR", "unknown name nyx"), ("da2k=DIR/empty", "no annotations.json"),
+        ("da2k=DIR/bad", "annotations.json is not as DA-2K's"),
+        ("da2k=DIR/bad --list da2k=DIR/list.txt", "annotations.json is its list"),
+        ("SET --predictions DIR", "--predictions needs one --space"),
+        ("SET --predictions DIR --space depth --size 9", "--size has no meaning"),
+        ("SET --predictions DIR/no --space depth", "no such folder"),
+        ("SET --space metric", "only --predictions"),
+        ("SET --stride 0", "--stride 0: must be at least 1"), ("SET --size -1", "--size -1"),
+        ("SET --predictions DIR --space depth --out DIR/list.txt", "is a file"),
+        ("TWO --predictions DIR/maps --space depth", "would be the map of two pictures")])
     def test_mistakes_are_one_sentence(self, evaluate, tmp_path, command, words):
         (tmp_path / "empty").mkdir()
         ibims = one_frame("ibims")[0]
@@ -3730,7 +3693,7 @@ class TestEvaluate:
         write(tmp_path / "two", ibims | {k.replace("corridor_01", "pred_corridor_01"): v
                                          for k, v in ibims.items()})
         command = command.replace("SET", "scannet=DIR/s").replace("TWO", "ibims=DIR/two")
-        status, _, err = evaluate(*command.replace("DIR", str(tmp_path)).split())
+        status, _, err = evaluate("--data", *command.replace("DIR", str(tmp_path)).split())
         assert status == 2
         assert words in err
         assert err.count("\n") == 1
@@ -3742,12 +3705,11 @@ class TestSets:
     @pytest.mark.parametrize("name", ["nyu", "scannet", "diode", "sintel", "sintel-clean", "ibims",
                                       "am2k", "p3m", "p3m-p", "dis5k"])
     def test_depth_and_validity_of_each_format(self, tmp_path, name, tar):
-        files, depth, valid = one_frame(name)
+        files, depth, valid = one_frame(name, 480, 640) if name == "nyu" else one_frame(name)
         if name == "nyu":  # only the crop of the protocol counts
-            files, depth, valid = one_frame(name, 480, 640)
             valid &= np.pad(np.ones((426, 560), bool), ((45, 9), (41, 39)))
         frames = set_of(name, write_tar(tmp_path / "set.tar", files) if tar else
-                         write(tmp_path / "set", files))
+                        write(tmp_path / "set", files))
         rgb, found, ok = frames.read(0)
         assert frames.names == list(files)[:1]
         assert not frames.missing
@@ -3760,9 +3722,9 @@ class TestSets:
         raw[100:, 600] = 256 * 80
         second = KITTI[0].replace("69.png", "70.png")
         write(tmp_path, {KITTI[0]: image_bytes(noise(375, 1242)), KITTI[1]: image_bytes(raw),
-                          second: image_bytes(noise(375, 1242))})
-        (tmp_path / "list.txt").write_text(f"{KITTI[0]} {KITTI[1]} 721.5377\n"
-                                           f"{second} None 721.5377")
+                         second: image_bytes(noise(375, 1242)),
+                         "list.txt": f"{KITTI[0]} {KITTI[1]} 721.5377\n{second} None 721.5377"
+                         .encode()})
         for listed in (None, tmp_path / "list.txt"):
             frames = set_of("kitti", tmp_path, listed)
             rgb, depth, valid = frames.read(0)
@@ -3780,7 +3742,7 @@ class TestSets:
         picture = "rgb/office/images/dslr_images/DSC_0219.JPG"
         truth = "depth/office_dslr_depth/office/ground_truth_depth/dslr_images/DSC_0219.JPG"
         write(tmp_path, {picture: image_bytes(np.zeros((4032, 6048, 3), np.uint8), "JPEG"),
-                          truth: depth.tobytes()})
+                         truth: depth.tobytes()})
         frames = set_of("eth3d", tmp_path)
         _, found, valid = frames.read(0)
         assert not valid[:2].any()
@@ -3791,15 +3753,14 @@ class TestSets:
 
     def test_spring_disparity_becomes_depth(self, tmp_path):
         h5py = pytest.importorskip("h5py")
-        disparity = np.full((48, 64), 10.0, np.float32)
+        disparity, file = np.full((48, 64), 10.0, np.float32), io.BytesIO()
         disparity[:2], disparity[2:4], disparity[4:6] = 0, np.nan, 0.5
-        file = io.BytesIO()
         with h5py.File(file, "w") as hdf5:
             hdf5["disparity"] = disparity
-        write(tmp_path, {"train/0001/frame_left/frame_left_0002.png": image_bytes(noise(24, 32)),
-                          "train/0001/disp1_left/disp1_left_0002.dsp5": file.getvalue(),
-                          "train/0001/cam_data/intrinsics.txt":
-                              b"1 1 960 540\n2000 2000 960 540\n"})
+        write(tmp_path / "train/0001", {
+            "frame_left/frame_left_0002.png": image_bytes(noise(24, 32)),
+            "disp1_left/disp1_left_0002.dsp5": file.getvalue(),
+            "cam_data/intrinsics.txt": b"1 1 960 540\n2000 2000 960 540\n"})
         _, depth, valid = set_of("spring", tmp_path).read(0)
         assert depth.shape == (24, 32)
         assert depth[5, 0] == pytest.approx(2000 * 0.065 / 10)
@@ -3811,9 +3772,9 @@ class TestSets:
         assert "no focal length for frame 0002" in refused(UserError, set_of, "spring", tmp_path)
 
     def test_sintel_without_its_invalid_maps(self, tmp_path):
-        files, depth, _ = one_frame("sintel")
-        write(tmp_path, {k: v for k, v in files.items() if "invalid" not in k})
-        frames = set_of("sintel", tmp_path)
+        files = one_frame("sintel")[0]
+        frames = set_of("sintel", write(tmp_path, {name: content for name, content in files.items()
+                                                   if "invalid" not in name}))
         assert not frames.missing
         assert frames.read(0)[2].all()
 
@@ -3849,13 +3810,12 @@ class TestSets:
         ("ibims", "mask_transp/corridor_01.png")])
     def test_masks_of_another_size(self, tmp_path, name, file):
         frames = set_of(name, write(tmp_path, one_frame(name)[0]))
-        (tmp_path / file).write_bytes(image_bytes(np.zeros((5, 5), np.uint8)))
+        put(tmp_path, file, image_bytes(np.zeros((5, 5), np.uint8)))
         assert "differ in size" in refused(BadFrame, frames.read, 0)
 
     def test_points_outside_the_picture(self, tmp_path):
-        pair = {"point1": [0, 0], "point2": [12, 0], "closer_point": "point1"}
-        write(tmp_path, {"images/x/a.png": image_bytes(noise(12, 16)),
-                          "annotations.json": json.dumps({"images/x/a.png": [pair]}).encode()})
+        file = da2k(tmp_path) / "annotations.json"
+        file.write_text(file.read_text().replace("[9, 3]", "[12, 3]"))
         assert "outside the picture" in refused(BadFrame, sets.PairSet(tmp_path).read, 0)
 
 
@@ -4137,8 +4097,6 @@ class TestPeers:
         "genpercept-disparity": ({}, "unet_disparity_v2"),
         "stable-diffusion": ({}, "unet")}
     E2E, LOTUS, GENPERCEPT, _ = LAYOUTS
-    TASK = torch.tensor([[1.0, 0.0]])
-    TASK = torch.cat([TASK.sin(), TASK.cos()], -1)  # Lotus' class label
 
     @classmethod
     def unet(cls, name):
@@ -4167,32 +4125,26 @@ class TestPeers:
         put(root, f"{cls.LOTUS}/README.md", b"---\nlicense: apache-2.0\n---\n# L\n")
         return root
 
-    @staticmethod
-    def fold(family, name, out):
-        base = ["--base", family / "stable-diffusion"] if "genpercept" in name else []
-        code = main(peers, family / name, "--out", out, *base)
-        return FiffDepth.from_pretrained(out) if code == 0 else code
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def prompt(cls, family):
-        """Begin and end, without padding."""
-        from transformers import CLIPTextModel
-
-        with torch.no_grad():
-            return CLIPTextModel.from_pretrained(family / "stable-diffusion/text_encoder")(
-                torch.tensor([[0, 1]]))[0]
-
     @pytest.fixture
     def copied(self, family, tmp_path):
-        return lambda name, to: Path(shutil.copytree(family / name, tmp_path / to / name))
+        return lambda name: Path(shutil.copytree(family / name, tmp_path / "of" / name))
 
-    def test_e2e_ft_is_diffusers_marigold_in_one_trailing_step(self, family, tmp_path):
+    @pytest.fixture
+    def fold(self, family, tmp_path):
+        """fold(one of the family or a copy) -> the model in tmp_path/out, or the exit status"""
+        def run(source, out="ours"):
+            base = ["--base", family / "stable-diffusion"] if self.GENPERCEPT in str(source) else []
+            status = main(peers, family / source, "--out", tmp_path / out, *base)
+            return FiffDepth.from_pretrained(tmp_path / out) if status == 0 else status
+
+        return run
+
+    def test_e2e_ft_is_diffusers_marigold_in_one_trailing_step(self, family, fold):
         from diffusers import (AutoencoderKL, DDIMScheduler, MarigoldDepthPipeline,
                                UNet2DConditionModel)
         from transformers import CLIPTextModel, CLIPTokenizer
 
-        folder, picture = family / self.E2E, Image.fromarray(noise(64, 96))
+        folder, picture = family / self.E2E, noise(64, 96)
         unet, vae, encoder, tokenizer = (
             kind.from_pretrained(folder, subfolder=part) for kind, part in (
                 (UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"),
@@ -4202,13 +4154,13 @@ class TestPeers:
             folder, subfolder="scheduler", timestep_spacing="trailing", set_alpha_to_one=True)
         pipeline = MarigoldDepthPipeline(unet, vae, scheduler, encoder, tokenizer, "depth",
                                          scale_invariant=True, shift_invariant=True)
-        pipeline.set_progress_bar_config(disable=True)
-        theirs = pipeline(picture, num_inference_steps=1, processing_resolution=0,
-                          latents=torch.zeros(1, 4, 8, 12), output_type="pt", output_latent=True)
-        model = self.fold(family, self.E2E, tmp_path / "ours")
+        theirs = pipeline(
+            Image.fromarray(picture), num_inference_steps=1, processing_resolution=0,
+            latents=torch.zeros(1, 4, 8, 12), output_type="pt", output_latent=True)
+        model = fold(self.E2E)
         with torch.no_grad():
             latent = model.predict(model.encode(
-                torch.tensor(noise(64, 96)).permute(2, 0, 1)[None] / 127.5 - 1))
+                torch.tensor(picture).permute(2, 0, 1)[None] / 127.5 - 1))
         assert latent.std() > 0.1
         torch.testing.assert_close(latent, theirs.latent, rtol=0, atol=1e-5)
         values = torch.tensor(predict_image(model, picture))
@@ -4216,96 +4168,86 @@ class TestPeers:
         assert 0 < values.min() <= values.max() < 1  # nothing was clipped
         torch.testing.assert_close(values, theirs.prediction[0, 0], rtol=0, atol=1e-5)
 
-    @pytest.mark.parametrize("name, t, sign, options", [
-        (LOTUS, 999, 1, {"class_labels": TASK}), (GENPERCEPT, 1, -1, {})])
-    def test_the_others_are_their_unfolded_unet(self, family, prompt, tmp_path, name, t, sign,
-                                                options):
-        x, unet = latents(1, (1, 4, 8, 12))[0], self.unet(name)
-        model = self.fold(family, name, tmp_path / "ours")
-        with torch.no_grad():
-            theirs, plain = (sign * unet(x, step, encoder_hidden_states=prompt, **options).sample
-                             for step in (t, 0))
-            torch.testing.assert_close(model.predict(x), theirs, rtol=0, atol=1e-5)
+    @pytest.mark.parametrize("name, t, sign, form, file", [
+        (GENPERCEPT, 1, -1, {}, WEIGHTS), (LOTUS, 999, 1, {}, WEIGHTS),
+        (LOTUS, 999, 1, {"max_shard_size": "40KB"}, "-00002-of-"),
+        (LOTUS, 999, 1, {"safe_serialization": False}, ".bin"),
+        (LOTUS, 999, 1, {"variant": "fp16"}, ".fp16.")])
+    @torch.no_grad()
+    def test_the_others_are_their_unfolded_unet(self, copied, fold, tmp_path, name, t, sign, form,
+                                                file):
+        """Whatever files their weights come in."""
+        from transformers import CLIPTextModel
+
+        unet, source = self.unet(name), copied(name)
+        folder = source / self.LAYOUTS[name][1]
+        shutil.rmtree(folder)
+        unet = unet.half() if "variant" in form else unet
+        unet.save_pretrained(folder, **form)
+        assert any(file in f.name for f in folder.iterdir())
+        model, x = fold(source), latents(1, (1, 4, 8, 12))[0]
+        task = torch.tensor([[1.0, 0.0]])
+        label = {"class_labels": torch.cat([task.sin(), task.cos()], -1)} if t == 999 else {}
+        prompt = CLIPTextModel.from_pretrained(copied("stable-diffusion") / "text_encoder")(
+            torch.tensor([[0, 1]]))[0]  # begin and end, without padding
+        theirs, plain = (sign * unet.float()(x, step, encoder_hidden_states=prompt, **label).sample
+                         for step in (t, 0))
+        torch.testing.assert_close(model.predict(x), theirs, rtol=0, atol=1e-5)
         assert (plain - theirs).abs().max() > 1e-3  # the timestep does matter
         assert torch.equal(model.prompt, prompt)
         assert not model.unet.class_embedding
+        if "variant" in form:  # what was computed is in float32, and nothing else
+            written = load_file(tmp_path / "ours/unet" / WEIGHTS)
+            assert {weight for weight in written if written[weight].dtype == torch.float32} == {
+                "time_embedding.linear_1.bias", "time_embedding.linear_2.bias", "conv_out.weight",
+                "conv_out.bias"}
 
     @pytest.mark.parametrize("name, target, commercial, card, sampled", [
         (E2E, "depth", "yes", None, False), (LOTUS, "depth", "yes", "apache-2.0", True),
         (GENPERCEPT, "disparity", "no", None, False)])
-    def test_says_what_it_is(self, family, tmp_path, capsys, name, target, commercial, card,
-                             sampled):
-        model = self.fold(family, name, tmp_path / "ours")
-        peer, out = model.info["peer"], capsys.readouterr().out
+    def test_says_what_it_is(self, fold, capsys, name, target, commercial, card, sampled):
+        model = fold(name)
+        peer = model.info["peer"]
         assert (model.info["target"], model.info["size"]) == (target, 768)
         assert re.split("[;,]", peer["commercial use"])[0] == commercial
         assert peer["licence on its card"] == card
         assert ("sample" in peer["image latent"]) == sampled
-        assert peer["licence"] in out
-        assert f"commercial use: {commercial}" in out
+        says(capsys.readouterr().out, peer["licence"], f"commercial use: {commercial}")
         assert (model.unet.config.in_channels, model.unet.config.class_embed_type) == (4, None)
         assert model.scheduler.config.prediction_type == "v_prediction"
 
-    @pytest.mark.parametrize("form, options", [
-        ("shards", {"max_shard_size": "40KB"}), ("bin", {"safe_serialization": False}),
-        ("half", {"variant": "fp16"})])
-    def test_reads_half_precision_shards_and_bin(self, family, copied, prompt, tmp_path, form,
-                                                 options):
-        """A source in other files gives the same weights; one in float16 those of its rounding."""
-        folder, unet = copied(self.LOTUS, "of"), self.unet(self.LOTUS)
-        shutil.rmtree(folder / "unet")
-        unet = unet.half() if form == "half" else unet
-        unet.save_pretrained(folder / "unet", **options)
-        files = [f.name for f in (folder / "unet").iterdir()]
-        assert len(files) > 3 if form == "shards" else any(
-            f.endswith(".bin") or ".fp16." in f for f in files)
-        model = self.fold(tmp_path / "of", self.LOTUS, tmp_path / "ours")
-        if form != "half":
-            whole = self.fold(family, self.LOTUS, tmp_path / "whole")
-            assert equal(model.unet.state_dict(), whole.unet.state_dict())
-            return
-        x = torch.randn(1, 4, 8, 12)
-        with torch.no_grad():
-            theirs = unet.float()(x, 999, encoder_hidden_states=prompt,
-                                  class_labels=self.TASK).sample
-            torch.testing.assert_close(model.predict(x), theirs, rtol=0, atol=1e-5)
-        single = [name for name, w in load_file(tmp_path / "ours/unet" / WEIGHTS).items()
-                  if w.dtype == torch.float32]  # what was computed, and nothing else
-        assert len(single) == 4
-        assert all(name.startswith(("time_embedding", "conv_out")) for name in single)
-
-    def test_autoencoder_of_2022(self, family, copied, tmp_path):
+    def test_autoencoder_of_2022(self, copied, fold):
         def age(state):
             for old, new in peers.RENAMED.items():
                 for name in list(state):
                     state[name.replace(new, old)] = state.pop(name)
             assert any(".proj_attn." in name for name in state)
 
-        edit_weights(copied(self.LOTUS, "of") / "vae" / WEIGHTS, age)
-        new, old = (self.fold(root, self.LOTUS, tmp_path / f"out{i}").vae.state_dict()
-                    for i, root in enumerate((family, tmp_path / "of")))
-        assert equal(new, old)
+        source = copied(self.LOTUS)
+        edit_weights(source / "vae" / WEIGHTS, age)
+        assert equal(fold(self.LOTUS, "new").vae.state_dict(), fold(source, "old").vae.state_dict())
 
-    def test_an_interrupted_conversion_leaves_nothing_half(self, family, tmp_path, monkeypatch,
-                                                           capsys):
-        out = tmp_path / "deep/ours"
-        for error, code in ((KeyboardInterrupt, 130), (OSError(28, "No space left"), 2)):
-            def stop(folder, error=error):
-                assert (out.parent / ".ours.part/unet/config.json").exists()  # far on
+    def test_an_interrupted_conversion_leaves_nothing(self, fold, tmp_path, monkeypatch, capsys):
+        def stamps():
+            return {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+
+        folder = tmp_path / "deep"
+        for error, status in ((KeyboardInterrupt, 130), (OSError(28, "No space left"), 2)):
+            def stop(_, error=error):
+                assert (folder / ".ours.part/unet/config.json").exists()  # far on
                 raise error
 
             with monkeypatch.context() as patch:
                 patch.setattr(peers, "empty_prompt", stop)
-                assert self.fold(family, self.LOTUS, out) == code
-            assert not list(out.parent.iterdir())
-        put(out.parent, ".ours.part/rest", b"")  # as a kill leaves it
-        assert isinstance(self.fold(family, self.LOTUS, out), FiffDepth)
-        assert [f.name for f in out.parent.iterdir()] == ["ours"]
-        before = sorted((f, f.stat().st_mtime_ns) for f in out.rglob("*"))
-        capsys.readouterr()
-        assert self.fold(family, self.LOTUS, out) == 2
+                assert fold(self.LOTUS, "deep/ours") == status
+            assert not list(folder.iterdir())
+        put(folder, ".ours.part/rest", b"")  # as a kill leaves it
+        assert isinstance(fold(self.LOTUS, "deep/ours"), FiffDepth)
+        assert os.listdir(folder) == ["ours"]
+        before, _ = stamps(), capsys.readouterr()
+        assert fold(self.LOTUS, "deep/ours") == 2
         assert "is there already" in capsys.readouterr().err
-        assert before == sorted((f, f.stat().st_mtime_ns) for f in out.rglob("*"))
+        assert stamps() == before
 
     @pytest.mark.parametrize("name, kind, change, words", [
         (LOTUS, "", None, "--kind is needed"),
@@ -4325,10 +4267,7 @@ class TestPeers:
         ("zysong212/DepthMaster", "", None, "Fourier"),
         ("/no/such/folder", "lotus-d", None, "neither a folder")])
     def test_mistakes_are_one_sentence(self, copied, tmp_path, capsys, name, kind, change, words):
-        source = name
-        if name in self.LAYOUTS:
-            source = copied(name, "of").rename(tmp_path / "mine")
-            (tmp_path / "of").rmdir()
+        source = copied(name).rename(tmp_path / "of/mine") if name in self.LAYOUTS else name
         if change:
             change(source)
         kind = ["--kind", kind] if kind else []
@@ -4336,7 +4275,7 @@ class TestPeers:
         err = capsys.readouterr().err
         assert words in err
         assert err.count("\n") == 1
-        assert {f.name for f in tmp_path.iterdir()} <= {"mine"}
+        assert set(os.listdir(tmp_path)) <= {"of"}
 
     def test_a_hub_id_is_one_snapshot_of_what_is_needed(self, family, tmp_path, monkeypatch):
         import huggingface_hub
@@ -4366,13 +4305,10 @@ class TestPeers:
                                    (base, f"unet/{WEIGHTS}", False)):
             assert any(fnmatch(file, pattern) for pattern in asked[repo]) == wanted, (repo, file)
 
-    def test_train_starts_from_one_and_evaluate_scores_it_in_its_space(self, family, tmp_path,
-                                                                       capsys):
-        before = self.fold(family, self.E2E, tmp_path / "ours").unet.state_dict()
-        for i in range(4):
-            put(tmp_path, f"set/rgb_{i:05}.png", image_bytes(noise(32, 40, i)))
-            put(tmp_path, f"set/depth_{i:05}.png", image_bytes(ramp(32, 40, 500, 9000)))
-        words = ["--data", f"nano={tmp_path / 'set'}", "--device", "cpu", "--dtype", "float32"]
+    def test_train_starts_from_one_and_evaluate_scores_it(self, fold, tmp_path, capsys):
+        before = fold(self.E2E).unet.state_dict()
+        words = ["--data", f"nano={nano(tmp_path / 'set', 4, 32, 40)}", "--device", "cpu",
+                 "--dtype", "float32"]
         assert main(ev, "--checkpoint", tmp_path / "ours", *words, "--out", tmp_path / "r") == 0
         assert cells_of(capsys.readouterr().out, "FiffDepth", 2)[:2] == ["depth", "depth"]
         assert main(train, *words, "--base", tmp_path / "ours", "--no_teacher", "--target", "depth",
