@@ -3784,11 +3784,10 @@ class TestReport:
 
     def test_our_rows_stand_below_the_papers(self):
         scannet = {"set": "scannet", "title": "ScanNet", "scored": 9, "count": 800}
-        found = [result_row(), result_row(**scannet), result_row(aligned_in="depth"),
-                 result_row(weights="abcdef012345"), result_row(chosen="the first 5", scored=5),
-                 result_row(scored=0)]
-        lines = report.paper_table(report.TABLES["Table 1: AbsRel % / delta1 %, DA-2K accuracy %"],
-                                   found)[-4:]
+        lines = report.paper_table(list(report.TABLES.values())[0], [
+            result_row(), result_row(**scannet), result_row(aligned_in="depth"),
+            result_row(weights="abcdef012345"), result_row(chosen="the first 5", scored=5),
+            result_row(scored=0)])[-4:]
         ours, full = "| FiffDepth m, cpu, float32, weights ", "4.4 / 97.8"
         assert lines == [
             f"{ours}012345, aligned in disparity | {full} |  |  | {full} (9 of 800) |  |  |",
@@ -3797,9 +3796,9 @@ class TestReport:
             f"{ours}012345, aligned in disparity | {full} (5 of 654) |  |  |  |  |  |"]
 
     def test_boundary_rows_name_mode_and_size(self):
-        found = [result_row(title="Sintel F1", size=768, scores={"f1_raw": 0.1, "f1_aligned": f1},
-                         aligned_in=space) for f1, space in ((0.2, "disparity"), (0.3, "depth"))]
-        lines = report.paper_table(report.TABLES["Table 2: boundary F1, recall"], found)
+        lines = report.paper_table(list(report.TABLES.values())[1], [
+            result_row(title="Sintel F1", size=768, scores={"f1_raw": 0.1, "f1_aligned": f1},
+                       aligned_in=space) for f1, space in ((0.2, "disparity"), (0.3, "depth"))])
         assert [line.partition("012345, ")[2][:45] for line in lines[-3:]] == [
             "raw disparity, longer side 768 | 0.100 |  |  ",  # once: no alignment changes it
             "aligned in disparity, longer side 768 | 0.200",
@@ -3821,8 +3820,7 @@ class TestReport:
         report.add_line(file, {"image": "x"})
         assert report.open_results(tmp_path, settings) == (
             file, [{"settings": settings}, {"image": "x"}])
-        other, _ = report.open_results(tmp_path, settings | {"p": 2})
-        assert other != file
+        assert report.open_results(tmp_path, settings | {"p": 2})[0] != file
         file.write_text('{"prompt": "mine"}\n')
         assert "does not begin as" in refused(UserError, report.open_results, tmp_path, settings)
         assert file.read_text() == '{"prompt": "mine"}\n'
@@ -3833,7 +3831,7 @@ class TestReport:
         for chosen, scored in (("", 1), ("the first 2", 2), ("", 3)):
             report.add_line(file, {"chosen": chosen, "scored": scored})
         report.open_results(tmp_path, settings | {"program": 0})
-        (tmp_path / "notes.jsonl").write_text('{"prompt": "mine"}\nnot json\n')
+        put(tmp_path, "notes.jsonl", b'{"prompt": "mine"}\nnot json\n')
         other, _ = report.open_results(tmp_path, result_row(program=1, path="/n"))
         report.add_line(other, {"chosen": ""})
         found = report.all_results(tmp_path, program=1)
@@ -3841,16 +3839,16 @@ class TestReport:
             ("NYUv2", "", 654), ("ScanNet", "", 3), ("ScanNet", "the first 2", 2)]
 
     def test_other_peoples_tables_are_left_alone(self, score_map, tmp_path):
-        write(tmp_path / "mine", {"tables.md": b"# my notes", "a.jsonl": b"my notes\n"})
-        values, out = one_frame("scannet")[1] / 20, ["--out", tmp_path / "mine"]
+        mine = write(tmp_path / "mine", {"tables.md": b"# my notes", "a.jsonl": b"my notes\n"})
+        values, out = one_frame("scannet")[1] / 20, ["--out", mine]
         status, _, err = score_map(values, "depth", *out)
         assert status == 2
         assert "would be replaced" in err
-        assert (tmp_path / "mine/tables.md").read_text() == "# my notes"
-        (tmp_path / "mine/tables.md").unlink()
+        assert (mine / "tables.md").read_text() == "# my notes"
+        (mine / "tables.md").unlink()
         assert score_map(values, "depth", *out)[0] == 0
-        assert (tmp_path / "mine/a.jsonl").read_text() == "my notes\n"
-        assert (tmp_path / "mine/tables.md").read_text().startswith(report.MARK)
+        assert (mine / "a.jsonl").read_text() == "my notes\n"
+        assert (mine / "tables.md").read_text().startswith(report.MARK)
 
     def test_all_runs_stay_in_the_tables(self, score_map, tmp_path):
         depth = one_frame("scannet")[1]
@@ -3858,8 +3856,9 @@ class TestReport:
             score_map(depth / 20 + 0.1, space)
         text = (tmp_path / "r/tables.md").read_text()
         assert text.startswith(report.MARK + "\nTable 1: ")
-        assert text.count(f"| maps {tmp_path / 'maps'} | depth | depth | its own | 1 | 0 |") == 1
-        assert text.count(f"| maps {tmp_path / 'maps'} | metric | depth | its own | 1 | 0 |") == 1
+        for space in ("depth", "metric"):
+            row = f"| maps {tmp_path / 'maps'} | {space} | depth | its own | 1 | 0 |"
+            assert text.count(row) == 1
         assert "(1 of 800)" in text
 
     def test_paths_in_any_script_under_the_c_locale(self, tmp_path):
@@ -3873,8 +3872,6 @@ class TestReport:
         assert done.returncode == 0, done.stderr
         assert "深度" in (tmp_path / "r/tables.md").read_text("utf-8")
         assert not list(tmp_path.glob("**/.tables*"))
-
-    # ------------------------------------------------------------ imports
 
 
 class TestSpeed:
