@@ -3121,24 +3121,30 @@ class TestInfer:
         assert status or run.files() == four(name)
 
     # ------------------------------------------------------------ several runs, and killed ones
-    def test_two_runs_with_equal_names_lose_nothing(self, run):
-        """Each saves its own x/a.png, y/a.png, ... at the same time as the other."""
-        start, names = threading.Barrier(2), [f"a{n}.png" for n in range(10)]
+    def test_two_runs_with_equal_names_lose_nothing(self, run, monkeypatch):
+        """Each finds the name free before the other claims it."""
+        find, together, seen = infer.find_name, threading.Barrier(2), set()
 
-        def save_all(folder):
-            for name in names:
-                source, picture = f"/{folder}/{name}", Path(f"/{folder}/{name}")
-                start.wait()
-                infer.save(Path("out"), infer.Picture(picture, Path(name), None),
-                           {"_depth.npy": lambda file: file.write(source.encode())},
-                           {"source": source, "settings": {}}, False)
-        threads = [threading.Thread(target=save_all, args=folder) for folder in "xy"]
+        def find_together(out, picture):
+            found = find(out, picture)
+            if picture not in seen:
+                seen.add(picture)
+                together.wait(60)
+            return found
+
+        def save(source):
+            infer.save(Path("out"), infer.Picture(Path(source), Path("a.png"), None),
+                       {"_depth.npy": lambda file: file.write(source.encode())},
+                       {"source": source, "settings": {}}, True)
+
+        monkeypatch.setattr(infer, "find_name", find_together)
+        sources = "/x/a.png", "/y/a.png"
+        threads = [threading.Thread(target=save, args=[source]) for source in sources]
         for step in (threading.Thread.start, threading.Thread.join):
             list(map(step, threads))
         found = {json.loads(f.read_text())["source"]: f.with_suffix(".npy").read_text()
                  for f in Path("out").glob("*.json")}
-        assert found == {source: source for name in names
-                         for source in (f"/x/{name}", f"/y/{name}")}
+        assert found == dict(zip(sources, sources))
 
     @pytest.mark.parametrize("writing", [True, False])
     def test_a_run_that_is_overtaken_begins_again(self, run, monkeypatch, writing):
@@ -4616,11 +4622,10 @@ def imports(name):
     """What a file imports, anywhere in it; of benchmarks/ the file."""
     found = set()
     for node in ast.walk(ast.parse(FILES[name].read_text("utf-8"))):
-        if isinstance(node, ast.Import):
+        if isinstance(node, ast.ImportFrom) and node.module != "benchmarks":
+            found.add(node.module)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found |= {alias.name for alias in node.names} if node.module == "benchmarks" else {
-                node.module}
     return {name.removeprefix("benchmarks.").split(".")[0] for name in found}
 
 
