@@ -283,7 +283,6 @@ def convert(source, out, kind=None, base=None):
     config, state, unet = read_unet(folder, kind)
     schedule = read_json(lender / "scheduler/scheduler_config.json")
     factor = step_factor(schedule, peer.t) if peer.factor is None else peer.factor
-    prompt = read_prompt(lender, unet.config.cross_attention_dim)
     info = describe(peer, kind, source, base, factor, folder / "README.md")
     plain = {"_class_name": "UNet2DConditionModel", "in_channels": unet.config.out_channels,
              "class_embed_type": None, "projection_class_embeddings_input_dim": None}
@@ -294,7 +293,8 @@ def convert(source, out, kind=None, base=None):
         save_network(partial / "vae", *read_network(AutoencoderKL, lender / "vae")[:2])
         make_scheduler(DDPMScheduler, schedule, prediction_type="v_prediction"  # for train.py
                        ).save_pretrained(partial / "scheduler")
-        save_file({"prompt": prompt}, partial / PROMPT_FILE)
+        prompt = read_prompt(lender, unet.config.cross_attention_dim)
+        save_file({"prompt": prompt.contiguous()}, partial / PROMPT_FILE)
         (partial / INFO_FILE).write_text(json.dumps(info, indent=1) + "\n")
         os.replace(partial, out)
     finally:
