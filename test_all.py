@@ -3941,7 +3941,7 @@ class TestPeers:
 
         folder = tmp_path / "deep"
         for error, status in ((KeyboardInterrupt, 130), (OSError(28, "No space left"), 2)):
-            def stop(_, error=error):
+            def stop(*_, error=error):
                 assert (folder / ".ours.part/unet/config.json").exists()  # far on
                 raise error
 
