@@ -44,6 +44,7 @@ AutoModelForDepthEstimation.register(NanoTeacherConfig, NanoTeacher)
 
 CHANNELS = 32  # of the latent space
 SAMPLING_STEPS = 250
+PHOTOS = Path(__file__).resolve().parent.parent / "assets/photos"  # never trained on
 
 
 # ---------------------------------------------------------- data in memory, one loop for all stages
@@ -313,15 +314,17 @@ def train_generator(a):
     model.cpu().save_pretrained(a.out / "generator", torch.float16)
     log = [json.loads(line)["v"] for line in (a.work / "generator.jsonl").read_text().splitlines()]
     card(a, "generator", minutes, unet, {"v_loss": round(float(np.mean(log[-5:])), 4)})
-    draw_samples(a, torch.cat([rgb[-4:] for rgb in pictures][-2:]))
+    draw_samples(a, pictures[1][-4:])
 
 
 @torch.no_grad()
-def draw_samples(a, pictures):
-    """Pictures that the finished generator draws from noise, above pictures that it learned from
-    and what the autoencoder returns for them: does it know its world? -> assets/samples.png"""
+def draw_samples(a, scenes):
+    """Pictures that the finished generator draws from noise, above scenes that it learned from and
+    photographs that it never saw, and what the autoencoder returns for them
+    -> assets/samples.png"""
     model = FiffDepth.from_pretrained(a.out / "generator")
-    rgb = to_float(pictures)
+    photos = FrameSet("photos", PHOTOS, size=tuple(scenes.shape[2:]), cap=4)
+    rgb = torch.cat([to_float(scenes), *(photos.sample(i, False).rgb[None] for i in range(4))])
     z, g = model.encode(rgb), torch.Generator().manual_seed(2)
     # DDIM with eta = 1: fresh noise in each step mends what earlier ones got wrong; offset 1: it
     # ends at t = 1, for t = 0 is Eq. 1's and was never trained
