@@ -209,6 +209,8 @@ def train(a):
     a.dtype = main_process_says(name_of(choose_dtype(a.dtype, device.type, training=True)), world)
     synthetic, real_set, held_out = open_sets(a)
     model = FiffDepth.from_pretrained(a.base, vae=a.vae).to(device)
+    if device.type == "cpu":  # a step takes a fifth less so, other than a prediction
+        model.unet.to(memory_format=torch.contiguous_format)
     teacher = None if a.no_teacher else Teacher.from_pretrained(a.teacher).to(device)
     optimizer = make_optimizer(model.unet.parameters(), a, device)
     model.info = {"target": a.target, "size": max(synthetic[0].size), "base": a.base,
