@@ -10,15 +10,14 @@ they were made). Sub-folders are mirrored. Values are relative, from 0 to 1: of 
 larger is nearer, of a depth model larger is farther.
 
 The way of a picture in `run`: find_pictures -> open_image -> to_network -> forward -> to_picture
--> claim_name -> write_set.
+-> find_name -> write_set.
 """
 import argparse
 import hashlib
 import json
 import math
 import os
-import random
-import secrets
+import shutil
 import sys
 import time
 from collections import Counter, defaultdict
@@ -50,6 +49,7 @@ with fast_start():
     import numpy as np
     import torch
     import torch.nn.functional as F
+    from filelock import FileLock
     from PIL import Image, ImageOps
     from PIL.PngImagePlugin import PngInfo
     from tqdm import tqdm
@@ -301,15 +301,11 @@ class Picture(NamedTuple):
     stamp: list | None  # [bytes, nanoseconds of the last change]: another one is another picture
 
 
-def read_note(base, again=True):
+def read_note(base):
     """The JSON at a name, a dict; {} when another program's files are there, None when it is free.
     """
     try:
-        text = Path(f"{base}_depth.json").read_text(encoding="utf-8")
-        if not text and again:  # another run has just made it and is about to write into it
-            time.sleep(0.2)
-            return read_note(base, again=False)
-        note = json.loads(text)
+        note = json.loads(Path(f"{base}_depth.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {} if any(os.path.lexists(f"{base}{end}") for end in ENDINGS) else None
     except OSError:  # a name that is too long would be followed by longer ones
@@ -332,70 +328,6 @@ def find_name(out, picture):
             return base, note
 
 
-def claim_name(out, picture):
-    """find_name, and from now on it is this picture's, for all runs: one alone can create a JSON
-    that was not there. A run that is killed leaves this claim; the next takes it up."""
-    while True:
-        base, note = find_name(out, picture)
-        if note is not None:
-            return base
-        base.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileExistsError), open(f"{base}_depth.json", "x", encoding="utf-8") as file:
-            json.dump({"source": str(picture.path), "files": []}, file)
-            return base
-
-
-def write_set(base, files, note):
-    """All files of a picture, the JSON last; earlier files that are not among them go.
-
-    Two runs may write the same picture's files, with different settings, and either may be killed:
-    the files at `base` must be of one of them. So each writes all its parts first, then deletes the
-    parts of all others, and then renames its own. Whoever finds a part of its own gone has been
-    overtaken, can rename nothing any more, and begins again; until the last rename, the JSON says
-    that the set is not complete.
-    -> False when overtaken
-    """
-    parts, mine = base.with_name(f".{base.name}_depth"), secrets.token_hex(4)  # no longer a name
-
-    def write_part(end, write):
-        with open(parts / f"{mine}{end}.part", "wb") as file:
-            write(file)
-
-    def rename_part(end, to):
-        os.replace(parts / f"{mine}{end}.part", f"{base}{to}")
-
-    try:
-        parts.mkdir(exist_ok=True)
-        for end, write in files.items():
-            write_part(end, write)
-        write_part("_depth.json", partial(write_json, note={**note, "files": sorted(files)}))
-        for part in parts.glob("*.part"):
-            if not part.name.startswith(mine):
-                with suppress(PermissionError):  # Windows: still open, so its run renames nothing
-                    part.unlink(missing_ok=True)
-        old = (read_note(base) or {}).get("files", ENDINGS)
-        begun = {"source": note["source"], "files": sorted({*old, *files})}
-        write_part("begun", partial(write_json, note=begun))
-        rename_part("begun", "_depth.json")
-        for end in ENDINGS[1:]:
-            if end in old and end not in files:
-                Path(f"{base}{end}").unlink(missing_ok=True)
-        for end in [*files, "_depth.json"]:
-            rename_part(end, end)
-        return True
-    except FileNotFoundError:
-        return False
-    finally:
-        with suppress(OSError):  # the folder is not empty: another run is at work in it
-            for part in parts.glob(f"{mine}*.part"):
-                part.unlink(missing_ok=True)
-            parts.rmdir()
-
-
-def write_json(file, note):
-    file.write((json.dumps(note, indent=1) + "\n").encode("ascii"))
-
-
 def is_done(out, picture, settings):
     """Are the results there, of the same picture, weights, size, precision and outputs?"""
     with suppress(OSError):  # saving them will give the reason
@@ -406,15 +338,44 @@ def is_done(out, picture, settings):
 
 
 def save(out, picture, files, note, again):
-    """All files of one picture, under a name of its own -> that name, a path without ending."""
-    for _ in range(20):
-        if not again and is_done(out, picture, note["settings"]):  # another run came before
-            return find_name(out, picture)[0]
-        base = claim_name(out, picture)
-        if write_set(base, files, note):
-            return base
-        time.sleep(random.uniform(0, 0.2))
-    raise OSError(f"other runs keep writing {base}: let one of them end first")
+    """All files of one picture, under a name of its own -> that name, a path without ending.
+
+    One run at a time: two that write into one folder take no name twice and mix no sets."""
+    with FileLock(out / ".lock"):
+        base, old = find_name(out, picture)
+        if again or not is_done(out, picture, note["settings"]):  # another run may have come before
+            write_set(base, files, note, old or {})
+        return base
+
+
+def write_set(base, files, note, old):
+    """All files of a picture; earlier files that are not among them go. First complete beside
+    their places: a full disk spares what was there. Then renamed, the JSON first and last: a run
+    that is killed between leaves one that says that the set is not complete.
+    old  the JSON at the name so far
+    """
+    parts = base.with_name(f".{base.name}_depth")
+    shutil.rmtree(parts, ignore_errors=True)  # of a run that was killed
+    parts.mkdir(parents=True)
+    stale = {*old.get("files", ENDINGS)} - {*files, "_depth.json"}
+    begun = {"source": note["source"], "files": sorted({*files, *stale})}
+    done = {**note, "files": sorted(files)}
+    try:
+        for end, write in [*files.items(), ("begun", partial(write_json, note=begun)),
+                           ("_depth.json", partial(write_json, note=done))]:
+            with open(parts / end, "wb") as file:
+                write(file)
+        os.replace(parts / "begun", f"{base}_depth.json")
+        for end in stale:
+            Path(f"{base}{end}").unlink(missing_ok=True)
+        for end in [*files, "_depth.json"]:
+            os.replace(parts / end, f"{base}{end}")
+    finally:
+        shutil.rmtree(parts, ignore_errors=True)
+
+
+def write_json(file, note):
+    file.write((json.dumps(note, indent=1) + "\n").encode("ascii"))
 
 
 # ---------------------------------------------------------------- which pictures
