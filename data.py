@@ -70,6 +70,12 @@ def walk(root, onerror=None):
         yield from ((inside / f).as_posix() for f in files if not f.startswith("."))
 
 
+def stamp(file):
+    """Size and time of a file: another stamp, other content."""
+    found = os.stat(file)
+    return [found.st_size, found.st_mtime_ns]
+
+
 class Store:
     """The files of a set: below a folder, or in an uncompressed .tar, which is read in place.
 
@@ -133,9 +139,8 @@ class Store:
             raise BadFrame(f"{name} cannot be read ({error.strerror})") from error
 
     def stamp(self, name):
-        """Size and time of the file on disk that holds it: another stamp, other content."""
-        found = os.stat((self.places.get(name) or [self.root / name])[0])
-        return [found.st_size, found.st_mtime_ns]
+        """Of the file on disk that holds it."""
+        return stamp((self.places.get(name) or [self.root / name])[0])
 
 
 def open_root(name, path, shards=False, flag="--data"):
@@ -840,6 +845,24 @@ def read_json(file):
     if not isinstance(content, dict):
         raise UserError(f"{file} is damaged (no JSON object); fetch it again")
     return content
+
+
+def read_lines(file):
+    """-> [dict] of a file of JSON lines, of which one may be cut short by a kill or a full disk."""
+    found = []
+    for line in file.read_text("utf-8", errors="replace").split("\n") if file.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue  # what it held is computed again
+    return [line for line in found if isinstance(line, dict)]
+
+
+def add_line(file, line):
+    """In one write, so that a kill leaves all of it, or a part that read_lines drops."""
+    with open(file, "a+b") as out:
+        cut = out.tell() and not (out.seek(-1, os.SEEK_END), out.read(1))[1] == b"\n"
+        out.write((b"\n" if cut else b"") + json.dumps(line).encode() + b"\n")
 
 
 UMASK = os.umask(0)

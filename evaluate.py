@@ -31,9 +31,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from benchmarks import report
-from benchmarks.sets import TEST_SETS, PairSet, find_maps, map_of, scene_of, stamp, version_of
-from data import (SETS, BadFrame, FrameSet, HelpFormatter, UserError, command, explain,
-                  parse_sources)
+from benchmarks.sets import TEST_SETS, PairSet, find_maps, map_of, scene_of, version_of
+from data import (SETS, BadFrame, FrameSet, HelpFormatter, UserError, add_line, command, explain,
+                  parse_sources, stamp)
 from infer import identity, load_model, predict_batch
 from model import Teacher
 
@@ -429,7 +429,7 @@ def other_program(folder, space):
 
     def version(frames, i):
         file = find_maps(folder, frames)[i]
-        return "" if file is None else stamp(file)
+        return "" if file is None else str(stamp(file))
 
     def predict(frames, i, rgb, size):
         file = find_maps(folder, frames)[i]
@@ -580,7 +580,7 @@ def score_set(s, predictor, size, space, folder):
             failures[reason].append(names[i])
         else:
             rows[i] = {"image": names[i], "version": versions[i]} | row
-            report.add_line(file, rows[i])
+            add_line(file, rows[i])
     images = len(s.picked) + len(s.lost)
     summary = {
         "chosen": s.chosen, "source": predictor.source, "protocol": describe(s),
@@ -588,7 +588,7 @@ def score_set(s, predictor, size, space, folder):
         "count": frames.layout.count or images, "scores": mean_scores(s, rows),
         "upside_down": sum(row.get("upside_down", False) for row in rows.values())}
     if [line for line in lines if line.get("chosen") == s.chosen][-1:] != [summary]:
-        report.add_line(file, summary)
+        add_line(file, summary)
     return settings | summary, failures
 
 

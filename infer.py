@@ -55,7 +55,7 @@ with fast_start():
     from tqdm import tqdm
 
     from data import (BadFrame, HelpFormatter, UserError, command, explain, has_heif, open_image,
-                      readable_suffixes, to_rgb, walk)
+                      readable_suffixes, stamp, to_rgb, walk)
     from model import FiffDepth, choose_device, choose_dtype, fetch, name_of
 
 HERE = Path(__file__).resolve().parent
@@ -412,11 +412,10 @@ def find_pictures(arguments):
         if not places:
             problems.append(f"{argument}: {reason}")
         for place in places:
-            stamp = None
+            version = None
             with suppress(OSError):  # a broken link: opening it gives the reason
-                status = os.stat(root / place)
-                stamp = [status.st_size, status.st_mtime_ns]
-            found.setdefault(root / place, Picture(root / place, place, stamp))
+                version = stamp(root / place)
+            found.setdefault(root / place, Picture(root / place, place, version))
     return list(found.values()), problems, others
 
 

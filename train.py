@@ -40,8 +40,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import (BadFrame, FrameSet, HelpFormatter, MixedBatches, UserError, check_bad, command,
-                  explain, normalize_teacher, parse_sources, read_json, replacing)
+from data import (BadFrame, FrameSet, HelpFormatter, MixedBatches, UserError, add_line, check_bad,
+                  command, explain, normalize_teacher, parse_sources, read_json, read_lines,
+                  replacing)
 from evaluate import score
 from infer import make_folder, predict_batch
 from losses import add_noise, blend, block_mean, gradient_matching, mae, trajectory_loss
@@ -366,28 +367,17 @@ def absolute(value):
 
 def cut_log(file, step):
     """Keeps the lines up to a step."""
-    lines = file.read_text().splitlines() if file.exists() else []
-    kept = []
-    for line in lines:
-        try:
-            kept += [line] if json.loads(line)["step"] <= step else []
-        except ValueError:  # the line that a kill cut short
-            continue
+    kept = [json.dumps(line) + "\n" for line in read_lines(file) if line["step"] <= step]
     with replacing(file) as part:
-        part.write_text("".join(line + "\n" for line in kept))
-
-
-def add_line(out, line):
-    with open(out / "log.jsonl", "a") as log:
-        log.write(json.dumps(line) + "\n")
+        part.write_text("".join(kept))
 
 
 def write_log(out, done, values, a, seconds, bar):
     """One step's terms, in the log and on the bar."""
     loss = sum(value for name, value in values.items() if name != "grad_norm")
     rate = a.batch / (2 if a.no_teacher else 1) / seconds
-    add_line(out, {"step": done, "loss": loss, **values, "lr": lr_at(done - 1, a),
-                   "pictures_per_second": round(rate, 2)})
+    add_line(out / "log.jsonl", {"step": done, "loss": loss, **values, "lr": lr_at(done - 1, a),
+                                 "pictures_per_second": round(rate, 2)})
     shown = " ".join(f"{k} {v:.3f}" for k, v in values.items())
     bar.set_postfix_str(f"{shown}, {rate:.1f} pictures/s", refresh=False)
 
@@ -435,11 +425,11 @@ def validate(model, teacher, held_out, out, done, rows=4):
                 pictures.append(preview(model, teacher, sample, space))
     model.unet.train()
     if not scores:
-        return add_line(out, {"step": done, "val_frames": 0})
+        return add_line(out / "log.jsonl", {"step": done, "val_frames": 0})
     save_sheet(pictures, out / f"preview_{done:06d}.png")
     error, share, f1 = np.nanmean(scores, 0).round(5).tolist()
-    add_line(out, {"step": done, "val_abs_rel": error, "val_delta1": share, "val_boundary_f1": f1,
-                   "val_frames": len(scores)})
+    add_line(out / "log.jsonl", {"step": done, "val_abs_rel": error, "val_delta1": share,
+                                 "val_boundary_f1": f1, "val_frames": len(scores)})
     tqdm.write(f"step {done}: held out AbsRel {100 * error:.1f} %, delta1 {100 * share:.1f} %, "
                f"boundary F1 {f1:.3f}")
 

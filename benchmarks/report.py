@@ -10,12 +10,11 @@ weights or another precision begin another file. tables.md is made anew from all
 import csv
 import hashlib
 import json
-import os
 import re
 from collections import defaultdict
 from pathlib import Path
 
-from data import UserError, replacing
+from data import UserError, add_line, read_lines, replacing
 
 PUBLISHED = Path(__file__).with_name("published.csv")  # the paper's tables as printed
 TABLES = {  # columns of published.csv
@@ -55,27 +54,6 @@ def published():
     """-> the rows of published.csv, {column: text}."""
     with open(PUBLISHED, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
-
-
-# ---------------------------------------------------------------- files of JSON lines
-
-
-def read_lines(file):
-    """-> [dict] of a file of JSON lines, of which one may be cut short by a kill or a full disk."""
-    found = []
-    for line in file.read_text("utf-8", errors="replace").split("\n") if file.exists() else ():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue  # what it held is computed again
-    return [line for line in found if isinstance(line, dict)]
-
-
-def add_line(file, line):
-    """In one write, so that a kill leaves all of it, or a part that read_lines drops."""
-    with open(file, "a+b") as out:
-        cut = out.tell() and not (out.seek(-1, os.SEEK_END), out.read(1))[1] == b"\n"
-        out.write((b"\n" if cut else b"") + json.dumps(line).encode() + b"\n")
 
 
 # ---------------------------------------------------------------- the results of evaluate.py

@@ -241,10 +241,6 @@ def version_of(frames, i):
     return hashlib.sha1(repr(stamps).encode()).hexdigest()[:12]
 
 
-def stamp(file):
-    return f"{file.stat().st_size} {file.stat().st_mtime_ns}"
-
-
 # ---------------------------------------------------------------- maps of other programs
 
 MAP_SUFFIXES = (".npy", ".npz", ".tif", ".tiff", ".png")  # where there are several, the first

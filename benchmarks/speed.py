@@ -29,8 +29,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.report import add_line, published, read_lines, table  # noqa: E402
-from data import HelpFormatter, UserError, command, explain  # noqa: E402
+from benchmarks.report import published, table  # noqa: E402
+from data import (HelpFormatter, UserError, add_line, command, explain,  # noqa: E402
+                  read_lines)
 from infer import predict_image  # noqa: E402
 from model import (AUTHORS_INFO, SD_SCHEDULE, FiffDepth, Teacher, choose_device,  # noqa: E402
                    cpu_speedup)

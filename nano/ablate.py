@@ -37,7 +37,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from benchmarks.report import table  # noqa: E402
 from benchmarks.sets import TEST_SETS  # noqa: E402
-from data import FrameSet, HelpFormatter, UserError, command, replacing  # noqa: E402
+from data import (FrameSet, HelpFormatter, UserError, command, read_lines,  # noqa: E402
+                  replacing)
 from evaluate import pair_accuracy, random_pairs, score  # noqa: E402
 from infer import predict_image  # noqa: E402
 from model import INFO_FILE, FiffDepth, Teacher  # noqa: E402
@@ -151,8 +152,8 @@ def seconds_a_step(out):
     """Median over the second half of a run, when most latents are in the cache."""
     flags = json.loads((out / "flags.json").read_text())
     pictures = flags["batch"] / (2 if flags["no_teacher"] else 1)
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    rates = [line["pictures_per_second"] for line in lines if "loss" in line]
+    rates = [line["pictures_per_second"] for line in read_lines(out / "log.jsonl")
+             if "loss" in line]
     return pictures / statistics.median(rates[len(rates) // 2:])
 
 
@@ -201,14 +202,14 @@ def run_all(names, a):
 
 def results(a):
     """The lines of the results that belong to these weights and settings, one a run."""
-    return one_a_run(line for line in read_lines(a.results) if line["of"] == a.of)
+    return one_a_run(line for line in read_results(a.results) if line["of"] == a.of)
 
 
 def one_a_run(lines):
     return list({(line["variant"], line["seed"]): line for line in lines}.values())
 
 
-def read_lines(file):
+def read_results(file):
     """The results of all experiments, a dict a line."""
     lines = file.read_text().splitlines() if file.exists() else []
     for number, line in enumerate(lines):
@@ -233,7 +234,7 @@ def write_report(file):
 def reports(file):
     """The tables of all experiments in the results, in the order of their last runs."""
     experiments = {}
-    for line in read_lines(file):
+    for line in read_results(file):
         experiments[line["of"]] = [*experiments.pop(line["of"], []), line]
     if not experiments:
         raise UserError(f"{file} holds no runs; first: python nano/ablate.py")
@@ -268,7 +269,7 @@ def report(lines):
 def widest_experiment(file):
     """The identity of the experiment with the most variants, the newest of several such."""
     variants = {}  # of each experiment, in the order of their newest runs
-    for line in read_lines(file):
+    for line in read_results(file):
         variants[line["of"]] = variants.pop(line["of"], set()) | {line["variant"]}
     if not variants:
         raise UserError(f"{file} holds no runs; first: python nano/ablate.py")

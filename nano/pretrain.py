@@ -30,7 +30,8 @@ from transformers import AutoConfig, AutoModelForDepthEstimation
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[k]) for k in (0, 1)]
 from benchmarks.sets import TEST_SETS  # noqa: E402
-from data import SETS, FrameSet, HelpFormatter, UserError, command, parse_sources  # noqa: E402
+from data import (SETS, FrameSet, HelpFormatter, UserError, add_line, command,  # noqa: E402
+                  parse_sources, read_lines)
 from evaluate import score  # noqa: E402
 from losses import add_noise, gradient_matching, mae, velocity  # noqa: E402
 from model import SD_SCHEDULE, FiffDepth, choose_device, choose_dtype, load_vae  # noqa: E402
@@ -152,8 +153,7 @@ def fit(a, stage, net, loss_of, optimizer, of, average=None, watch=None):
                     **mean}
             if watch and (step + 1) % max(50, steps // 10 // 50 * 50) == 0:
                 line |= watch()
-            with open(log, "a") as f:
-                f.write(json.dumps(line) + "\n")
+            add_line(log, line)
             bar.set_postfix(mean)
             recent = []
         if time.time() - saved > 120:
@@ -312,7 +312,7 @@ def train_generator(a):
     optimizer = Muon(unet.parameters(), lr=a.generator_lr, weight_decay=0.01)
     minutes = fit(a, "generator", unet, loss_of, optimizer, latent_space(model.vae))
     model.cpu().save_pretrained(a.out / "generator", torch.float16)
-    log = [json.loads(line)["v"] for line in (a.work / "generator.jsonl").read_text().splitlines()]
+    log = [line["v"] for line in read_lines(a.work / "generator.jsonl")]
     card(a, "generator", minutes, unet, {"v_loss": round(float(np.mean(log[-5:])), 4)})
     draw_samples(a, pictures[1][-4:])
 
@@ -408,7 +408,7 @@ def ship(a):
     if not (a.run / "log.jsonl").exists():
         raise UserError(f"{a.run} holds no run; first: python train.py")
     model = FiffDepth.from_pretrained(a.run)
-    log = [json.loads(line) for line in (a.run / "log.jsonl").read_text().splitlines()]
+    log = read_lines(a.run / "log.jsonl")
     steps, flags = [line for line in log if "loss" in line], model.info["flags"]
     if len(steps) < flags["steps"]:
         raise UserError(f"{a.run} is at step {len(steps)} of {flags['steps']}; "
