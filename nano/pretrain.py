@@ -7,7 +7,7 @@ Each stage is a function; each writes its state every two minutes to --work and 
 when it is started again; finished weights go to --out as ordinary folders: generator/ (unet vae
 scheduler empty_prompt) in diffusers' layout, like Stable Diffusion, and teacher/ in transformers'
 layout, and how they were made to card.json.
-Not needed to understand the paper. The frames: python nano/scenes.py --labelled 5000
+Not needed to understand the paper. The frames: python nano/scenes.py --labelled 8000
 """
 import argparse
 import json

@@ -2,7 +2,7 @@
 
     python nano/scenes.py            # nano/data: what train.py and evaluate.py read, on all cores
     python nano/scenes.py OUT --clean 500 --wild 500 --test 64 --size 96
-    python nano/scenes.py OUT --labelled 5000 --clean 0 --wild 0 --size 160    # for the teacher
+    python nano/scenes.py OUT --labelled 8000 --clean 0 --wild 0 --size 160    # for the teacher
 
 Two styles with a real gap between them, in the roles of the paper's two kinds of data (Sec. 4.1):
 *clean* (the synthetic set: plain materials, neutral light, tidy furniture, a level camera, exact
