@@ -4451,3 +4451,4 @@ class TestHouse:
         assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) < 40e6
         assert {"generator", "teacher", "fiffdepth", "card.json"} <= {f.name for f in
                                                                       folder.iterdir()}
+        assert (folder / "teacher/teacher.py").read_bytes() == FILES["teacher"].read_bytes()

@@ -31,7 +31,8 @@ class Conv(nn.Conv2d):
     def forward(self, x):
         pad = self.kernel_size[0] - self.stride[0]
         x = F.pad(x, (pad // 2, pad - pad // 2) * 2) if pad else x
-        if self.groups == 1 or not torch.is_autocast_enabled(x.device.type):
+        plain = self.groups == 1 or not self.training
+        if plain or not torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.float())
