@@ -274,8 +274,14 @@ def network_flops(net, size):
     """-> {child of the network: [1, FLOPs]}; size: (H, W) of its input."""
     with FlopCounterMode(display=False) as counter:
         net(torch.empty(1, 3, *size, device="meta", dtype=net.dtype))
-    counts = {name: sum(counter.get_flop_counts()[f"{type(net).__name__}.{name}"].values())
-              for name, _ in net.named_children()}
+    counted = counter.get_flop_counts()
+
+    def total(path, part):  # a list of modules is never called itself
+        return sum(counted[path].values()) if path in counted else sum(
+            total(f"{path}.{name}", child) for name, child in part.named_children())
+
+    counts = {name: total(f"{type(net).__name__}.{name}", part)
+              for name, part in net.named_children()}
     assert sum(counts.values()) == counter.get_total_flops(), "work outside the children"
     return {name: [1, n] for name, n in counts.items()}
 
