@@ -2189,6 +2189,18 @@ class TestTrain:
         for a, b in zip(one, log_of(tmp_path / "two"), strict=True):
             assert b == pytest.approx(a, rel=1e-5)
 
+    def test_recorded_steps_are_for_one_nvidia_gpu(self, trained):
+        trained("--cuda_graph", "--device", "cpu", status=2)
+        assert "--cuda_graph is for one process on an NVIDIA GPU" in trained.err
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="what is recorded is a GPU's work")
+    def test_recorded_steps_are_the_same_steps(self, trained):
+        words = ("--device", "cuda", "--dtype", "float32", "--optimizer", "muon", "--val_every", 0)
+        plain = log_of(trained(*words, steps=6))
+        recorded = log_of(trained(*words, "--cuda_graph", steps=6, name="recorded"))
+        for one, other in zip(plain, recorded, strict=True):
+            assert one == pytest.approx(other, rel=1e-3)
+
     def test_each_bad_frame_is_named_once_and_counted(self, tiny, trained, tmp_path):
         world = write(copy_of(tiny, tmp_path, "wild", "clean"), {"wild/rgb_00003.png": b"",
                                                                  "clean/rgb_00001.png": b""})
@@ -2237,7 +2249,7 @@ class TestTrain:
         monkeypatch.setattr(train, "train", lambda a: a)
         a = train.main()
         assert "python train.py @nano/train.args, the small world" in capsys.readouterr().out
-        assert (a.steps, a.batch, a.optimizer, a.filter_noise) == (3000, 32, "muon", 0.5)
+        assert (a.steps, a.batch, a.optimizer, a.filter_noise) == (3000, 128, "muon", 0.5)
         assert Path(a.base, "unet").resolve() == HERE / "nano/weights/generator/unet"
         assert a.out == str(HERE / "runs/fiffdepth")
 
@@ -2250,7 +2262,7 @@ class TestTrain:
             assert shown[name] == [default]
         assert {name for name in shown if not shown[name]} == {
             "data", "list", "val", "vae", "resume", "no_teacher", "teacher_at_d0", "no_flip",
-            "checkpointing", "cache"}
+            "checkpointing", "cuda_graph", "cache"}
 
     # ------------------------------------------------------------ files
     def test_log_has_a_line_a_step_whose_terms_sum_to_the_loss(self, finished):

@@ -209,6 +209,8 @@ def train(a):
     # "auto" is resolved once and stored with the run, so that a resumed one computes alike
     a.dtype = main_process_says(name_of(choose_dtype(a.dtype, device.type, training=True)), world)
     synthetic, real_set, held_out = open_sets(a)
+    if a.cuda_graph:
+        check_graph(synthetic, device, world)
     model = FiffDepth.from_pretrained(a.base, vae=a.vae).to(device)
     if device.type == "cpu":  # a step takes a fifth less so, other than a prediction
         model.unet.to(memory_format=torch.contiguous_format)
@@ -232,6 +234,10 @@ def train(a):
                             teacher and [labelled_by, teacher.config])
         to_half = partial(join, device=device)
     first, bad = load_checkpoint(out, model, optimizer, same) if a.resume else (0, {})
+    for group in optimizer.param_groups:
+        group["capturable"] = a.cuda_graph
+        if a.cuda_graph:  # which reads the rate where it lies
+            group["lr"] = torch.tensor(a.lr, device=device)
     total = sum(len(s) + len(s.missing) for s in sets)
     bad |= dict.fromkeys(line for s in sets for line in s.missing)
     check_bad(bad, total, a.max_bad)
@@ -250,6 +256,17 @@ def train(a):
     if world > 1:  # an LCM has a layer that nothing here reaches
         step_module = nn.parallel.DistributedDataParallel(
             step_module, find_unused_parameters=bool(model.unet.config.time_cond_proj_dim))
+
+    def gradients(syn, real, draws):
+        """A micro-batch's gradients are added to those there -> the terms of the loss."""
+        with torch.autocast(device.type, torch.bfloat16, a.dtype == "bfloat16"):
+            terms = step_module(syn, real, *draws)
+        (sum(terms.values()) / accumulate).backward()
+        return {k: v.detach() for k, v in terms.items()}
+
+    take_step = optimizer.step
+    if a.cuda_graph:
+        gradients, take_step = Recorded(gradients), Recorded(take_step)
     save = partial(save_checkpoint, out, model, optimizer, same, bad)
     stop, saved, done, sound = catch_signals(), first, first, True
     bar = tqdm(range(first, a.steps), initial=first, total=a.steps, unit="step", disable=rank > 0,
@@ -260,9 +277,8 @@ def train(a):
             if mean_over_processes({"stop": vote}, world)["stop"]:  # all leave at the same place
                 break
             began, sums, seen = time.time(), {}, []
-            for group in optimizer.param_groups:
-                group["lr"] = lr_at(step, a)
-            model.zero_grad()
+            set_rate(optimizer, lr_at(step, a))
+            model.zero_grad(set_to_none=not a.cuda_graph)
             for i in range(accumulate):
                 batch = next(loader)
                 report_bad(batch.bad, bad, total, a.max_bad)
@@ -270,17 +286,14 @@ def train(a):
                 draws = draw_noise(a, (step * accumulate + i) * world + rank, syn, real, model)
                 wait = world > 1 and i < accumulate - 1  # exchange gradients once a step
                 with step_module.no_sync() if wait else nullcontext():
-                    with torch.autocast(device.type, torch.bfloat16, a.dtype == "bfloat16"):
-                        terms = step_module(syn, real, *draws)
-                    loss = sum(terms.values()) / accumulate
-                    loss.backward()
-                sums = {k: sums.get(k, 0) + v.detach() / accumulate for k, v in terms.items()}
-                seen.append((loss.detach(), batch.names))
+                    terms = gradients(syn, real, draws)
+                sums = {k: sums.get(k, 0) + v / accumulate for k, v in terms.items()}
+                seen.append((sum(terms.values()), batch.names))
             sums["grad_norm"] = nn.utils.clip_grad_norm_(model.unet.parameters(), a.clip)
             values = mean_over_processes(sums, world)
             stop_at_nan(step, values, seen, world)  # before the step: the weights stay sound
             sound = False  # half a step, should the next line fail
-            optimizer.step()
+            take_step()
             done, sound = step + 1, True
             if rank > 0:
                 continue
@@ -300,6 +313,45 @@ def train(a):
     if rank == 0:
         print_summary(a, done, device, bad)
     return 128 + (stop or [signal.SIGTERM])[0] if done < a.steps else 0
+
+
+class Recorded:
+    """A function of tensors, or of tuples of them, as a CUDA graph: its third call is recorded, and
+    from then on the record is replayed with the new values in the old places. Python takes longer
+    to start a small network's kernels than the GPU to run them."""
+
+    def __init__(self, function):
+        self.function, self.calls, self.graph = function, 0, torch.cuda.CUDAGraph()
+
+    def __call__(self, *inputs):
+        self.calls += 1
+        if self.calls < 3:  # libraries set themselves up, gradients and moments find their places
+            return self.function(*inputs)
+        if self.calls == 3:
+            self.inputs = inputs
+            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+                self.result = self.function(*inputs)
+        for place, value in zip(leaves(self.inputs), leaves(inputs)):
+            place.copy_(value)
+        self.graph.replay()
+        return self.result
+
+
+def leaves(values):
+    """The tensors in nested tuples."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif value is not None:
+            yield from leaves(value)
+
+
+def check_graph(synthetic, device, world):
+    """A CUDA graph's shapes are fixed, and it is recorded on a stream of its own."""
+    if device.type != "cuda" or world > 1 or len({s.size for s in synthetic}) > 1:
+        raise UserError("--cuda_graph is for one process on an NVIDIA GPU and frames of one size; "
+                        "leave it out")
+    torch.cuda.set_stream(torch.cuda.Stream())  # PyTorch's default stream cannot be recorded
 
 
 # ---------------------------------------------------------------- checkpoints and the log
@@ -461,6 +513,14 @@ def make_optimizer(parameters, a, device):
     return kind(parameters, lr=a.lr, weight_decay=a.weight_decay, fused=device.type == "cuda")
 
 
+def set_rate(optimizer, rate):
+    for group in optimizer.param_groups:
+        if torch.is_tensor(group["lr"]):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
 def lr_at(step, a):
     """Linear warm-up, then exponential decay towards lr_end · lr, reached after the last step."""
     if step < a.warmup:
@@ -490,13 +550,16 @@ class Muon:
     @torch.no_grad()
     def step(self):
         lr, decay = (self.param_groups[0][name] for name in ("lr", "weight_decay"))
+        alike = {}  # matrices of one shape are treated at once
         for weight, momentum in zip(self.matrices, self.momenta):
-            if weight.grad is None:
-                continue
-            momentum.lerp_(weight.grad, 0.05)
-            update = orthogonal(weight.grad.lerp(momentum, 0.95).flatten(1))
-            weight.mul_(1 - lr * decay)
-            weight.sub_(update.reshape(weight.shape), alpha=0.2 * max(update.shape) ** 0.5 * lr)
+            if weight.grad is not None:
+                momentum.lerp_(weight.grad, 0.05)
+                update = weight.grad.lerp(momentum, 0.95).flatten(1)
+                alike.setdefault(update.shape, []).append((weight, update))
+        for shape, pairs in alike.items():
+            updates = orthogonal(torch.stack([update for _, update in pairs]))
+            for (weight, _), update in zip(pairs, updates * (0.2 * max(shape) ** 0.5 * lr)):
+                weight.mul_(1 - lr * decay).sub_(update.reshape(weight.shape))
         self.adamw.step()
 
     def state_dict(self):
@@ -508,15 +571,16 @@ class Muon:
         self.adamw.load_state_dict(state["adamw"])
 
 
-def orthogonal(matrix):
-    """U V^T of the matrix U S V^T, roughly: five Newton-Schulz steps with Jordan's coefficients
-    bring most singular values to 0.7 .. 1.2."""
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix  # the smaller of X X^T and X^T X
-    x = x / x.norm().clamp(min=1e-7)
+def orthogonal(matrices):
+    """[n, rows, columns] -> U V^T of each matrix U S V^T, roughly: five Newton-Schulz steps with
+    Jordan's coefficients bring most singular values to 0.7 .. 1.2."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices  # the smaller of X X^T and X^T X
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+    return x.mT if tall else x
 
 
 # ---------------------------------------------------------------- sets and processes
@@ -661,7 +725,7 @@ def memory(device):
 # ---------------------------------------------------------------- flags
 # What may change when a run goes on: the machine, and places, whose contents are checked.
 FREE_ON_RESUME = {"resume", "out", "workers", "device", "save_every", "val_every", "max_bad",
-                  "checkpointing"}
+                  "checkpointing", "cuda_graph"}
 PLACES = {"data", "list", "val", "base", "teacher", "vae", "cache"}
 
 
@@ -721,6 +785,8 @@ def flags():
         "machine computes faster in it", choices=["auto", "bfloat16", "float32"])
     add("--checkpointing", False, "recompute activations in the backward pass, to save memory",
         **switch)
+    add("--cuda_graph", False, "record a step once and replay it: several times faster for a small "
+        "network on an NVIDIA GPU", **switch)
     add("--cache", None, "folder that keeps latents: frames are encoded once", metavar="DIR")
     add("--workers", 2, "processes that read pictures; none with --cache")
     add("--device", "auto", "auto, cpu, cuda, mps")

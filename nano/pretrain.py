@@ -34,7 +34,8 @@ from data import (SETS, FrameSet, HelpFormatter, UserError, add_line, command,  
                   parse_sources, read_lines)
 from evaluate import score  # noqa: E402
 from losses import add_noise, gradient_matching, mae, velocity  # noqa: E402
-from model import SD_SCHEDULE, FiffDepth, choose_device, choose_dtype, load_vae  # noqa: E402
+from model import (SD_SCHEDULE, FiffDepth, Teacher, choose_device, choose_dtype,  # noqa: E402
+                   load_vae)
 from train import Muon, cut_log, latent_space, save_sheet  # noqa: E402
 from teacher import NanoTeacher, NanoTeacherConfig  # noqa: E402
 from teaching import crop, new_teacher, recolour, relative_loss  # noqa: E402
@@ -358,7 +359,8 @@ def train_teacher(a):
 
     pictures, maps = load_frames(frames, a.teacher_frames, read)
     torch.manual_seed(0)
-    teacher = new_teacher().to(a.device)
+    teacher = Teacher.from_pretrained(a.base / "teacher") if a.base else new_teacher()
+    teacher = teacher.to(a.device)
     net = teacher.net.train().to(memory_format=torch.channels_last)
     parts = {"encoder": [], "decoder": []}
     for name, p in net.named_parameters():
@@ -432,7 +434,7 @@ def card(a, stage, minutes, net, scores, log=None, command=None):
     """A stage's entry in card.json, how it was made and what came out, and its log beside it."""
     flags = {k: v for k, v in vars(a).items() if k.startswith(f"{stage}_")}
     changed = "".join(f" --{k} {v}" for k, v in {"base": a.base, **flags}.items()
-                      if v != a.defaults[k] and (k != "base" or stage in ("vae", "generator")))
+                      if v != a.defaults[k] and (k != "base" or stage != "fiffdepth"))
     file = a.out / "card.json"
     (a.out / "logs").mkdir(parents=True, exist_ok=True)
     shutil.copyfile(log or a.work / f"{stage}.jsonl", a.out / f"logs/{stage}.jsonl")
@@ -458,8 +460,8 @@ def main(argv=None):
     add("--labelled", type=Path, help="labelled wild frames, of any size from that of --data up; "
         "without it wild/labelled in --data")
     add("--photos", type=Path, help="folder of photographs for the autoencoder and the generator")
-    add("--base", type=Path, help="folder like --out: the autoencoder and the generator go on from "
-        "those there, instead of from nothing")
+    add("--base", type=Path, help="folder like --out: every stage goes on from the weights there, "
+        "instead of from nothing")
     add("--val", nargs="+", metavar="NAME=PATH", help="sets with depth to watch the teacher on; "
         "without it nano, wild/test in --data")
     add("--out", type=Path, default=here / "weights", help="finished weights")
