@@ -210,7 +210,7 @@ def train(a):
     a.dtype = main_process_says(name_of(choose_dtype(a.dtype, device.type, training=True)), world)
     synthetic, real_set, held_out = open_sets(a)
     if a.cuda_graph:
-        check_graph(synthetic, device, world)
+        prepare_to_record(synthetic, device, world)
     model = FiffDepth.from_pretrained(a.base, vae=a.vae).to(device)
     if device.type == "cpu":  # a step takes a fifth less so, other than a prediction
         model.unet.to(memory_format=torch.contiguous_format)
@@ -315,6 +315,17 @@ def train(a):
     return 128 + (stop or [signal.SIGTERM])[0] if done < a.steps else 0
 
 
+# ---------------------------------------------------------------- a step as a CUDA graph
+
+
+def prepare_to_record(synthetic, device, world):
+    """A CUDA graph's shapes are fixed, and it is recorded on a stream of its own."""
+    if device.type != "cuda" or world > 1 or len({s.size for s in synthetic}) > 1:
+        raise UserError("--cuda_graph is for one process on an NVIDIA GPU and frames of one size; "
+                        "leave it out")
+    torch.cuda.set_stream(torch.cuda.Stream())  # PyTorch's default stream cannot be recorded
+
+
 class Recorded:
     """A function of tensors, or of tuples of them, as a CUDA graph: its third call is recorded, and
     from then on the record is replayed with the new values in the old places. Python takes longer
@@ -344,14 +355,6 @@ def leaves(values):
             yield value
         elif value is not None:
             yield from leaves(value)
-
-
-def check_graph(synthetic, device, world):
-    """A CUDA graph's shapes are fixed, and it is recorded on a stream of its own."""
-    if device.type != "cuda" or world > 1 or len({s.size for s in synthetic}) > 1:
-        raise UserError("--cuda_graph is for one process on an NVIDIA GPU and frames of one size; "
-                        "leave it out")
-    torch.cuda.set_stream(torch.cuda.Stream())  # PyTorch's default stream cannot be recorded
 
 
 # ---------------------------------------------------------------- checkpoints and the log
