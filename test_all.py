@@ -2249,7 +2249,7 @@ class TestTrain:
         monkeypatch.setattr(train, "train", lambda a: a)
         a = train.main()
         assert "python train.py @nano/train.args, the small world" in capsys.readouterr().out
-        assert (a.steps, a.batch, a.optimizer, a.filter_noise) == (3000, 128, "muon", 0.5)
+        assert (a.steps, a.batch, a.optimizer, a.filter_noise) == (3000, 32, "muon", 0.5)
         assert Path(a.base, "unet").resolve() == HERE / "nano/weights/generator/unet"
         assert a.out == str(HERE / "runs/fiffdepth")
 
@@ -4143,11 +4143,13 @@ class TestNano:
         assert card["parameters"] == sum(p.numel() for p in unet.parameters())
         assert (out / "logs/fiffdepth.jsonl").read_bytes() == (made / "log.jsonl").read_bytes()
         assert (assets / "preview.png").exists()
-        more = [word for stage in ("vae", "generator") for word in (f"--{stage}_lr", 1e-9)]
-        run("vae generator", "--base", out, "--work", tmp_path / "w2", "--out", tmp_path / "o2", *more)
-        further = FiffDepth.from_pretrained(tmp_path / "o2/generator")  # from there, not from nothing
-        assert all(torch.allclose(a, b, atol=1e-2)
-                   for a, b in zip(generator.parameters(), further.parameters()))
+        more = [word for stage in cards for word in (f"--{stage}_lr", 1e-9)]
+        run(" ".join(cards), "--base", out, "--work", tmp_path / "w2", "--out", tmp_path / "o2", *more)
+        further = [FiffDepth.from_pretrained(tmp_path / "o2/generator"),
+                   Teacher.from_pretrained(tmp_path / "o2/teacher")]
+        for before, after in zip((generator, teacher), further):  # from there, not from nothing
+            assert all(torch.allclose(a, b, atol=1e-2)
+                       for a, b in zip(before.parameters(), after.parameters(), strict=True))
         assert json.loads((tmp_path / "o2/card.json").read_text())["vae"]["command"].startswith(
             f"python nano/pretrain.py vae --base {out}")
         (made / "log.jsonl").write_text("")
