@@ -4127,6 +4127,8 @@ class TestNano:
         assert Image.open(assets / "samples.png").size == (8 * 64, 3 * 64)
         teacher = Teacher.from_pretrained(out / "teacher")  # its class is known to this process
         assert teacher(torch.zeros(1, 3, 32, 50)).shape == (1, 32, 50)
+        modes = {(out / f"teacher/{f}").stat().st_mode for f in ("model.safetensors", "config.json")}
+        assert len(modes) == 1  # others may read the weights where they may read the rest
         cards = json.loads((out / "card.json").read_text())
         assert set(cards) == {"vae", "generator", "teacher"}
         assert cards["vae"]["command"].startswith("python nano/pretrain.py vae --vae_steps 3")

@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModelForDepthEstimation
 sys.path[:0] = [str(Path(__file__).resolve().parents[k]) for k in (0, 1)]
 from benchmarks.sets import TEST_SETS  # noqa: E402
 from data import (SETS, FrameSet, HelpFormatter, UserError, add_line, command,  # noqa: E402
-                  parse_sources, read_lines)
+                  open_to_others, parse_sources, read_lines)
 from evaluate import score  # noqa: E402
 from losses import add_noise, gradient_matching, mae, velocity  # noqa: E402
 from model import (SD_SCHEDULE, FiffDepth, Teacher, choose_device, choose_dtype,  # noqa: E402
@@ -396,6 +396,7 @@ def train_teacher(a):
     minutes = fit(a, "teacher", net, loss_of, optimizer, SHAPES, average, watch=watch)
     scores = watch()
     average.module.eval().cpu().half().save_pretrained(a.out / "teacher")
+    open_to_others(a.out / "teacher/model.safetensors")
     (a.out / "teacher/preprocessor_config.json").write_text(
         json.dumps(teacher.config, indent=1) + "\n")
     card(a, "teacher", minutes, net, scores)
