@@ -70,9 +70,9 @@ class FiffDepth(nn.Module):
         plain number, which takes −1 as well as 999, and never indexes the noise schedule here:
         alphas_cumprod[−1] would silently be the noisiest step.
         """
-        if not torch.is_tensor(t):  # filled in place: a copy of it would wait for the GPU
-            t = torch.full((), t, device=latent.device)
-        t = t.to(latent.device).expand(len(latent))
+        # a number is filled in there: a copy of it would wait for the GPU
+        t = t.to(latent.device) if torch.is_tensor(t) else torch.full((), t, device=latent.device)
+        t = t.expand(len(latent))
         prompt = self.prompt.to(self.unet.dtype).expand(len(latent), -1, -1)
         return self.unet(latent.to(self.unet.dtype), t, encoder_hidden_states=prompt).sample
 
@@ -90,10 +90,11 @@ class FiffDepth(nn.Module):
 
     def alpha_bar(self, t):
         """ᾱ_t for t in 1..999 (long, [B]) -> [B, 1, 1, 1]. Entry 0 of diffusers'
-        0-based table is slightly noisy and never used: the clean step t = 0 adds no noise."""
-        if t.device.type == "cpu" and bool((t < 1).any()):  # a GPU would have to be waited for
+        0-based table is slightly noisy and never used: the clean step t = 0 adds no noise. Another
+        t is a ValueError, and on a GPU, which would have to be waited for, a NaN."""
+        if t.device.type == "cpu" and bool((t < 1).any()):
             raise ValueError("only t = 1..T-1 are noised; 0 is the clean step and -1 the filter")
-        return self.alphas_cumprod[t].reshape(-1, 1, 1, 1)
+        return self.alphas_cumprod[t].masked_fill(t < 1, torch.nan).reshape(-1, 1, 1, 1)
 
     @torch.no_grad()
     def forward(self, rgb):

@@ -2193,6 +2193,13 @@ class TestTrain:
         trained("--cuda_graph", "--device", "cpu", status=2)
         assert "--cuda_graph is for one process on an NVIDIA GPU" in trained.err
 
+    def test_a_run_that_was_recorded_goes_on_without(self, trained):
+        run = trained("--steps", 2, "--save_every", 1)
+        edit_json(run / "flags.json", cuda_graph=True)
+        trained("--device", "cpu", resume=True, status=2)
+        assert "or --resume with --no-cuda_graph" in trained.err
+        trained("--device", "cpu", "--no-cuda_graph", resume=True)
+
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="what is recorded is a GPU's work")
     def test_recorded_steps_are_the_same_steps(self, trained):
         words = ("--device", "cuda", "--dtype", "float32", "--optimizer", "muon", "--val_every", 0)

@@ -234,10 +234,9 @@ def train(a):
                             teacher and [labelled_by, teacher.config])
         to_half = partial(join, device=device)
     first, bad = load_checkpoint(out, model, optimizer, same) if a.resume else (0, {})
-    for group in optimizer.param_groups:
+    for group in optimizer.param_groups:  # a graph reads the rate where it lies
         group["capturable"] = a.cuda_graph
-        if a.cuda_graph:  # which reads the rate where it lies
-            group["lr"] = torch.tensor(a.lr, device=device)
+        group["lr"] = torch.tensor(a.lr, device=device) if a.cuda_graph else a.lr
     total = sum(len(s) + len(s.missing) for s in sets)
     bad |= dict.fromkeys(line for s in sets for line in s.missing)
     check_bad(bad, total, a.max_bad)
@@ -322,7 +321,7 @@ def prepare_to_record(synthetic, device, world):
     """A CUDA graph's shapes are fixed, and it is recorded on a stream of its own."""
     if device.type != "cuda" or world > 1 or len({s.size for s in synthetic}) > 1:
         raise UserError("--cuda_graph is for one process on an NVIDIA GPU and frames of one size; "
-                        "leave it out")
+                        "leave it out, or --resume with --no-cuda_graph")
     torch.cuda.set_stream(torch.cuda.Stream())  # PyTorch's default stream cannot be recorded
 
 
@@ -789,7 +788,7 @@ def flags():
     add("--checkpointing", False, "recompute activations in the backward pass, to save memory",
         **switch)
     add("--cuda_graph", False, "record a step once and replay it: several times faster for a small "
-        "network on an NVIDIA GPU", **switch)
+        "network on an NVIDIA GPU", action=argparse.BooleanOptionalAction)
     add("--cache", None, "folder that keeps latents: frames are encoded once", metavar="DIR")
     add("--workers", 2, "processes that read pictures; none with --cache")
     add("--device", "auto", "auto, cpu, cuda, mps")
