@@ -476,12 +476,13 @@ class Sample(NamedTuple):
     name: str                       # "set/file"
 
 
-def cover(rgb, size):
+def cover(rgb, size, share=1.0, place=(0.5, 0.5)):
     """Scale a picture, smaller ones up, until it just covers (H, W), antialiased, and cut the
-    centre out."""
+    centre out; or a window of a share of its sides, at a place from (0, 0), top left, to (1, 1)."""
     (H0, W0), (H, W) = rgb.shape[:2], size
-    scale = min(H0 / H, W0 / W)     # source pixels per result pixel
-    top, left = int((H0 - H * scale) / 2), int((W0 - W * scale) / 2)    # whole: scale 1 stays exact
+    scale = share * min(H0 / H, W0 / W)     # source pixels per result pixel
+    top, left = (int(p * rest) for p, rest in          # whole: scale 1 stays exact
+                 zip(place, (H0 - H * scale, W0 - W * scale)))
     box = (left, top, min(left + W * scale, W0), min(top + H * scale, H0))
     return np.asarray(Image.fromarray(rgb).resize((W, H), Image.BILINEAR, box=box))
 
@@ -558,13 +559,15 @@ class FrameSet(Dataset):
     cap       use the first so many frames only
     flag      that named the set, for the sentences
     rows      the table that knows the layouts: SETS, or one with test sets
+    views     of a picture without depth: the centre, and as many windows less one at random
     .frames   [Frame]     .missing   ["set/file: reason"], frames that lack a file
     .names    of their pictures      .wanted    of all pictures, also those that lack a file
     """
 
     def __init__(self, name, path, list_file=None, space="disparity", size=None, cap=None,
-                 flag="--data", rows=SETS):
+                 flag="--data", rows=SETS, views=1):
         self.name, self.path, self.space, self.flag = name, Path(path), space, flag
+        self.views = views
         rows = [row for row in rows if row.name == name]
         self.store = open_root(name, self.path, not rows[0].depth, flag)
         names = self.store.names()
@@ -677,8 +680,9 @@ class FrameSet(Dataset):
             valid &= inside
         return rgb, depth, valid
 
-    def sample(self, i, flip):
-        """-> Sample; `flip` mirrors left and right."""
+    def sample(self, i, flip, view=0):
+        """-> Sample; `flip` mirrors left and right; view > 0: a window of three fifths of a
+        picture's sides or more, drawn from the picture's name and the view's number."""
         rgb, depth, valid = self.read(i)
         label = mask = None
         if depth is not None:
@@ -686,7 +690,12 @@ class FrameSet(Dataset):
             valid = nearest(valid, self.size)
             label = normalize(nearest(depth, self.size), valid, self.space)
             mask = torch.from_numpy(valid)[None]
-        rgb = torch.from_numpy(cover(rgb, self.size).astype(np.float32)).permute(2, 0, 1)
+        window = {}
+        if view:
+            rng = np.random.default_rng((zlib.crc32(self.frames[i].rgb.encode()), view))
+            window = {"share": rng.uniform(0.6, 1), "place": rng.random(2)}
+        rgb = cover(rgb, self.size, **window).astype(np.float32)
+        rgb = torch.from_numpy(rgb).permute(2, 0, 1)
         maps = [rgb / 127.5 - 1, label, mask]
         maps = [m.flip(-1) if flip and m is not None else m for m in maps]
         return Sample(*maps, f"{self.name}/{self.frames[i].rgb}")
@@ -745,7 +754,7 @@ class MixedBatches(Dataset):
         DataLoader(batches, batch_size=None, sampler=range(start, stop), num_workers=2)
 
     weights  integers, of the synthetic sets      flip  mirror half of the samples
-    load     (frames, i, flip) -> what a frame becomes: its Sample, or its latents from a cache
+    load     (frames, i, flip, view) -> what a frame becomes: its Sample, or its latents from a cache
     """
 
     def __init__(self, synthetic, weights, real, micro, seed, flip=True, load=FrameSet.sample):
@@ -772,10 +781,11 @@ class MixedBatches(Dataset):
         rng = np.random.default_rng((self.seed, key, 1, position))
         flip = bool(rng.random() < 0.5) and self.flip
         spare = rng.integers(len(frames), size=TRIES)           # for a bad frame
+        view = int(rng.integers(frames.views))
         for i in (shuffled(self.seed, key, epoch, len(frames))[place], *spare):
             name = f"{frames.name}/{frames.frames[i].rgb}"
             try:
-                item = self.load(frames, int(i), flip)
+                item = self.load(frames, int(i), flip, view)
                 names.append(name)
                 return item
             except BadFrame as error:

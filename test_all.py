@@ -1433,6 +1433,39 @@ class TestData:
         for H, W in (1, 1), (1, 900), (700, 3), (479, 641):
             assert data.cover(noise(H, W), (48, 64)).shape == (48, 64, 3)
 
+    def test_views_are_windows_of_the_picture_the_same_each_time(self, tmp_path):
+        y, x = np.mgrid[:60, :90]
+        place = np.stack([2 * x, 4 * y, 0 * x], -1).astype(np.uint8)    # a pixel tells where it was
+        frames = FrameSet("photos", write(tmp_path, {"a.png": image_bytes(place)}), size=(20, 20),
+                          views=9)
+        centre = frames.sample(0, False)
+        assert torch.equal(centre.rgb, frames.sample(0, False, 0).rgb)
+        places = []
+        for view in range(1, 9):
+            rgb = (frames.sample(0, False, view).rgb + 1) * 127.5
+            assert torch.equal(rgb, (frames.sample(0, False, view).rgb + 1) * 127.5)
+            assert torch.equal(rgb.flip(-1), (frames.sample(0, True, view).rgb + 1) * 127.5)
+            width, height = (rgb[0, 0, -1] - rgb[0, 0, 0]) / 2, (rgb[1, -1, 0] - rgb[1, 0, 0]) / 4
+            assert 0.6 * 60 - 3 < width < 60
+            assert abs(width - height) < 1.5                            # not stretched
+            places.append((round(float(rgb[0, 0, 0])), round(float(rgb[1, 0, 0]))))
+        assert len(set(places)) == 8
+
+    def test_a_mixture_draws_all_views_of_real_pictures_alone(self, tmp_path):
+        def mixture(views):
+            real = FrameSet("photos", tmp_path / "photos", size=(12, 16), views=views)
+            return MixedBatches([synthetic], [1], real, 4, 0, load=lambda *call: call)
+
+        synthetic = FrameSet("nano", write(tmp_path / "n", {
+            "rgb_0.png": image_bytes(noise(12, 16)), "depth_0.png": image_bytes(ramp(12, 16))}))
+        write(tmp_path / "photos", {f"{i}.png": image_bytes(noise(20, 30)) for i in range(3)})
+        items = [mixture(3)[m] for m in range(20)]
+        assert {call[3] for item in items for call in item.synthetic} == {0}
+        assert {call[3] for item in items for call in item.real} == {0, 1, 2}
+        for one, item in zip(map(mixture(1).__getitem__, range(20)), items):    # the rest stays
+            assert [call[1:3] for call in one.real] == [call[1:3] for call in item.real]
+            assert {call[3] for call in one.real} == {0}
+
     def test_nearest_keeps_values_and_alignment(self):
         depth = np.arange(768 * 4, dtype=np.float32).reshape(768, 4)
         small = data.nearest(depth, (480, 2))
@@ -2141,9 +2174,9 @@ class TestTrain:
             encoded.append(samples[0].name)
             return Latents(samples[0].rgb[None], samples[0].rgb[None], None)
 
-        def load():
+        def load(view=0):
             return train.kept_latents(encode, tmp_path / "cache", [], [])(
-                FrameSet("photos", tmp_path / "p.tar"), 0, False).x0, len(encoded)
+                FrameSet("photos", tmp_path / "p.tar"), 0, False, view).x0, len(encoded)
 
         encoded = []
         write_tar(tmp_path / "p.tar", {"a.png": image_bytes(np.zeros((8, 8, 3), np.uint8))})
@@ -2156,6 +2189,7 @@ class TestTrain:
         x0, calls = load()
         assert not torch.equal(x0, first[0])
         assert calls == 3
+        assert load(1)[1] == 4
 
     @staticmethod
     def lcm_unet(channels=8):
@@ -4172,6 +4206,24 @@ class TestNano:
             batch = pretrain.draw(stores, 5, torch.Generator().manual_seed(0), "cpu")
         assert batch.dtype == torch.float32
         assert batch[:, 0, 0, 0].tolist() == [1, 1, 2, 2]
+
+    def test_a_generator_is_told_what_an_encoder_sees(self):
+        """From the middle and the way up, at three resolutions; and it can learn it."""
+        torch.manual_seed(0)
+        net, x = teaching.AlignedUNet(pretrain.new_unet()), torch.randn(2, 32, 8, 8)
+        encoder = pretrain.NanoTeacher(pretrain.NanoTeacherConfig()).eval()
+        seen = teaching.imagenet_features(encoder, torch.randint(256, (2, 3, 64, 64)).byte())
+        assert [m.shape for m in seen] == [(2, 320, 2, 2), (2, 112, 4, 4), (2, 40, 8, 8)]
+        targets = [(m.float() - m.float().mean()) / m.float().std() for m in seen]
+        optimizer, losses = torch.optim.Adam(net.parameters(), 2e-3), []
+        for _ in range(40):
+            net.unet(x, torch.zeros(2), torch.zeros(2, 2, 32))
+            losses.append(net.loss(targets))
+            net.zero_grad()
+            losses[-1].backward()
+            optimizer.step()
+        assert losses[-1] < losses[0] / 3
+        assert not net.inner
 
     def test_pretraining_that_is_interrupted_ends_where_it_would_have(self, tmp_path, monkeypatch):
         ticks = itertools.count(step=1000)  # so that a state is written after every step

@@ -145,7 +145,7 @@ def latent_mask(mask, factor):
 
 
 def kept_latents(encode, folder, made_by, labelled_by):
-    """The memo around one function: (frames, i, flip) -> Latents of one frame, kept on disk.
+    """The memo around one function: (frames, i, flip, view) -> Latents of one frame, kept on disk.
 
     encode       [Sample] -> Latents
     made_by      what else decides the result: the latent space, the target
@@ -154,14 +154,15 @@ def kept_latents(encode, folder, made_by, labelled_by):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
 
-    def load(frames, i, flip):
+    def load(frames, i, flip, view=0):
         labels = labelled_by if frames.frames[i].depth is None else "true depth"
-        key = json.dumps([frames.name, frames.size, frames.stamp(i), flip, made_by, labels])
+        key = json.dumps([frames.name, frames.size, frames.stamp(i), flip, view, made_by,
+                          labels])
         file = folder / f"{hashlib.sha1(key.encode()).hexdigest()}.safetensors"
         try:
             kept = load_file(file)
         except (FileNotFoundError, SafetensorError):  # not there yet, or cut short by a power loss
-            latents = encode([frames.sample(i, flip)])._asdict()
+            latents = encode([frames.sample(i, flip, view)])._asdict()
             kept = {k: v.cpu().contiguous() for k, v in latents.items() if v is not None}
             try:
                 with replacing(file) as part:
@@ -599,7 +600,8 @@ def open_sets(a):
     if not a.no_teacher and "photos" not in sources:
         raise UserError("--data names no real pictures; add photos=FOLDER, or --no_teacher to "
                         "train without pseudo-labels")
-    real = None if a.no_teacher else FrameSet("photos", *sources["photos"], size=synthetic[0].size)
+    real = None if a.no_teacher else FrameSet("photos", *sources["photos"], size=synthetic[0].size,
+                                              views=a.views)
     if a.val:
         held_out = [FrameSet(name, *source, space=a.target, cap=a.val_frames, flag="--val")
                     for name, source in parse_sources(a.val, flag="--val").items()]
@@ -780,6 +782,7 @@ def flags():
     add("--weight_decay", 0.01, "share of the weights, times the learning rate, lost a step")
     add("--clip", 1.0, "largest norm of the gradient")
     add("--no_flip", False, "no horizontal mirroring", **switch)
+    add("--views", 1, "of each real picture: its centre, and windows at random; for few pictures")
     add("--seed", 0, "of every random draw")
     add("--max_bad", 0.01, "share of unusable frames above which the run stops")
     # the machine
@@ -829,8 +832,8 @@ def stored_flags(out, given):
 
 
 def check_flags(a):
-    lowest = {"steps": 1, "micro": 1, "batch": 1, "save_every": 1, "val_frames": 1, "val_every": 0,
-              "warmup": 0, "workers": 0, "seed": 0, "lr": 0, "weight_decay": 0,
+    lowest = {"steps": 1, "micro": 1, "batch": 1, "views": 1, "save_every": 1, "val_frames": 1,
+              "val_every": 0, "warmup": 0, "workers": 0, "seed": 0, "lr": 0, "weight_decay": 0,
               "max_bad": 0, "clip": 1e-9, "lambda_k": 0, "lambda_mae": 0, "lambda_gm": 0,
               "filter_noise": 0, "lambda_low": 0}
     for name, low in lowest.items():

@@ -17,6 +17,7 @@ import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,8 @@ from model import (SD_SCHEDULE, FiffDepth, Teacher, choose_device, choose_dtype,
                    load_vae)
 from train import Muon, cut_log, latent_space, save_sheet  # noqa: E402
 from teacher import NanoTeacher, NanoTeacherConfig  # noqa: E402
-from teaching import crop, new_teacher, recolour, relative_loss  # noqa: E402
+from teaching import (AlignedUNet, crop, new_teacher, recolour, relative_loss,  # noqa: E402
+                      imagenet_features)
 
 # so that this process may load its teacher from any --out
 AutoConfig.register("nano_teacher", NanoTeacherConfig)
@@ -61,32 +63,37 @@ def load_frames(frames, count, read):
     return [torch.stack(column) for column in zip(*samples)]
 
 
-def pictures_and_maps(a, count):
-    """-> pictures uint8 [N, 3, H, W] of the clean, the labelled wild and the photographic set, and
-    normalised disparity float16 [N, 1, H, W] of the first two."""
+def pictures_and_maps(a, count, views=1):
+    """-> pictures uint8 [N, 3, H, W] of the clean, the labelled wild and the photographic set, of
+    the last in as many views, and normalised disparity float16 [N, 1, H, W] of the first two."""
     pictures, maps = [], []
     sets = [FrameSet("nano", a.data / "clean/train")]
     sets.append(FrameSet("nano", a.labelled, size=sets[0].size))
     if a.photos:
         sets.append(FrameSet("photos", a.photos, size=sets[0].size))
     for frames in sets:
-        def read(i, frames=frames):
-            sample = frames.sample(i, False)
+        def read(i, frames=frames, view=0):
+            sample = frames.sample(i, False, view)
             rgb = ((sample.rgb + 1) * 127.5).round().to(torch.uint8)
             return (rgb,) if sample.label is None else (rgb, sample.label[:1].half())
 
         columns = load_frames(frames, count, read)
         pictures.append(columns[0])
         maps += columns[1:]
+        if frames.name == "photos":
+            more = [load_frames(frames, count, partial(read, view=k))[0] for k in range(1, views)]
+            pictures[-1] = torch.cat([pictures[-1], *more])
     return pictures, maps
 
 
-def draw(stores, n, g, device):
+def draw(stores, n, g, device, *more):
     """n random frames (fewer where n is no multiple of the stores), as many from each store
-    -> float [n, C, H, W]"""
+    -> float [n, C, H, W]; with more stores that hold the same frames: a list, one of each"""
     each = max(1, n // len(stores))
-    return torch.cat([store[torch.randint(len(store), (each,), generator=g)].float()
-                      for store in stores]).to(device)
+    picked = [torch.randint(len(store), (each,), generator=g) for store in stores]
+    drawn = [torch.cat([store[i].float() for store, i in zip(kind, picked)]).to(device)
+             for kind in (stores, *more)]
+    return drawn if more else drawn[0]
 
 
 def to_float(rgb):
@@ -294,27 +301,35 @@ def new_generator(a, size):
 
 def train_generator(a):
     """v-prediction (Eq. 3 with b_0 = x_0) on the latents of clean pictures, wild ones and
-    photographs, computed once."""
+    photographs, computed once, and alignment with ImageNet's features. Small t are drawn more
+    often, where there is something to be recognised."""
     torch.manual_seed(0)
-    pictures, _ = pictures_and_maps(a, a.generator_frames)
+    pictures, _ = pictures_and_maps(a, a.generator_frames, views=4)
     model = new_generator(a, max(pictures[0].shape[2:])).to(a.device)
-    stores = [torch.cat([model.encode(to_float(chunk.to(a.device))).half()
-                         for chunk in tqdm(rgb.split(16), desc="encoding")]) for rgb in pictures]
+    encoder = new_teacher().net.eval().to(a.device, memory_format=torch.channels_last)
+    latents = [torch.cat([model.encode(to_float(chunk.to(a.device))).half()
+                          for chunk in tqdm(rgb.split(16), desc="encoding")]) for rgb in pictures]
+    features = list(zip(*(imagenet_features(encoder, rgb) for rgb in pictures)))  # of each level
+    some = [torch.cat([m[:500] for m in maps]).float() for maps in features]
+    scales = [[f(m, (0, 2, 3), keepdim=True).to(a.device) for f in (torch.mean, torch.std)]
+              for m in some]
+    net = AlignedUNet(model.unet.train()).to(a.device)
 
     def loss_of(g, batch):
-        x0 = draw(stores, batch, g, a.device)
-        t = torch.randint(1, len(model.alphas_cumprod), (len(x0),), generator=g).to(a.device)
+        x0, *targets = draw(latents, batch, g, a.device, *features)
+        t = (1 + 999 * torch.rand(len(x0), generator=g).square()).long().to(a.device)
         eps = torch.randn(x0.shape, generator=g).to(a.device)
         a_bar = model.alpha_bar(t)
         v = model.eps_hat(add_noise(x0, eps, a_bar), t)
-        return {"v": F.mse_loss(v.float(), velocity(x0, eps, a_bar))}
+        targets = [(z - mean) / std for z, (mean, std) in zip(targets, scales)]
+        return {"v": F.mse_loss(v.float(), velocity(x0, eps, a_bar)), "align": net.loss(targets)}
 
-    unet = model.unet.train()
-    optimizer = Muon(unet.parameters(), lr=a.generator_lr, weight_decay=0.01)
-    minutes = fit(a, "generator", unet, loss_of, optimizer, latent_space(model.vae))
+    optimizer = Muon(net.parameters(), lr=a.generator_lr, weight_decay=0.01)
+    minutes = fit(a, "generator", net, loss_of, optimizer, latent_space(model.vae))
     model.cpu().save_pretrained(a.out / "generator", torch.float16)
-    log = [line["v"] for line in read_lines(a.work / "generator.jsonl")]
-    card(a, "generator", minutes, unet, {"v_loss": round(float(np.mean(log[-5:])), 4)})
+    log = read_lines(a.work / "generator.jsonl")[-5:]
+    card(a, "generator", minutes, model.unet,
+         {f"{k}_loss": round(float(np.mean([line[k] for line in log])), 4) for k in ("v", "align")})
     draw_samples(a, pictures[1][-4:])
 
 

@@ -96,15 +96,19 @@ class NanoTeacher(PreTrainedModel):
     def _init_weights(self, module):
         """torch's own, as made"""
 
-    def forward(self, pixel_values):
-        """pixel_values [B, 3, H, W], (x − 127) / 128 of 8-bit values, sides multiples of 32
-        -> predicted_depth [B, H / 4, W / 4]: disparity above 0, scale and shift unknown"""
+    def features(self, pixel_values):
+        """The encoder's maps [B, 24 | 40 | 112 | 320, h, w] at 1/4, 1/8, 1/16 and 1/32"""
         x, maps = F.relu6(self.stem(pixel_values)), []
         for i, block in enumerate(self.blocks):
             x = block(x)
             if i in self.taps:
                 maps.append(x)
-        x = None
+        return maps
+
+    def forward(self, pixel_values):
+        """pixel_values [B, 3, H, W], (x − 127) / 128 of 8-bit values, sides multiples of 32
+        -> predicted_depth [B, H / 4, W / 4]: disparity above 0, scale and shift unknown"""
+        x, maps = None, self.features(pixel_values)
         for fuse, skip in zip(reversed(self.decoder), reversed(maps)):
             x = fuse(x, skip)
         return DepthEstimatorOutput(predicted_depth=F.softplus(self.head(x))[:, 0])

@@ -1,11 +1,14 @@
-"""What nano/pretrain.py needs for the teacher: its encoder's weights, frames as another camera and
-another light would show them, and a loss that forgives scale and shift.
+"""What nano/pretrain.py needs of an encoder that has seen real pictures. For the teacher, whose
+encoder it is: its weights, frames as another camera and another light would show them, and a loss
+that forgives scale and shift. For the generator, which is told what it sees: its features.
 
-The stronger the changes, the less it learns by heart of a ray-caster, and the more holds for
-photographs.
+The stronger the changes, the less the teacher learns by heart of a ray-caster, and the more holds
+for photographs.
 """
 import torch
 import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
 
 from data import UserError
 from losses import gradient_matching
@@ -99,3 +102,44 @@ def relative_loss(out, target):
     level = out.mean((2, 3)).clamp(min=1e-6).log().square().mean()
     return {"relative": ((y - target).abs() / (target + 0.2)).mean(),
             "log": 0.5 * (log * (target > 0)).mean(), "edges": 0.5 * edges, "level": 0.01 * level}
+
+
+# ---------------------------------------------------------------- for the generator
+
+
+class AlignedUNet(nn.Module):
+    """A UNet with heads that predict, from its middle and its way up, the features of an encoder
+    trained on ImageNet, at 1/32, 1/16 and 1/8 of the picture: representation alignment (REPA,
+    arXiv 2410.06940). Stable Diffusion knows things from two billion captioned pictures; a
+    generator of twelve thousand without captions has to be told of them."""
+
+    def __init__(self, unet):
+        super().__init__()
+        self.unet, self.inner = unet, []
+        for block in (unet.mid_block, *unet.up_blocks[:2]):
+            block.register_forward_hook(lambda *call: self.inner.append(call[-1]))
+        _, middle, last = unet.config.block_out_channels
+        self.heads = nn.ModuleList(
+            nn.Sequential(nn.SiLU(), nn.Conv2d(width, channels, 1)) for width, channels in
+            zip((last, last, middle), (320, 112, 40)))
+
+    def loss(self, targets):
+        """Mean squared error of the heads' predictions in the UNet's last call; targets
+        [B, 320 | 112 | 40, h, w] have a variance of 1"""
+        predicted = [head(x) for head, x in zip(self.heads, self.inner)]
+        self.inner.clear()
+        return sum(F.mse_loss(y.float(), z) for y, z in zip(predicted, targets)) / len(targets)
+
+
+@torch.no_grad()
+def imagenet_features(net, rgb):
+    """Features of pictures uint8 [N, 3, H, W] -> float16 maps at 1/32, 1/16 and 1/8. The pictures
+    are enlarged by half: the encoder was trained on larger ones."""
+    found = []
+    for chunk in tqdm(rgb.split(16), desc="features"):
+        x = chunk.to(net.device).float()
+        x = F.interpolate(x, scale_factor=1.5, mode="bicubic").clamp(0, 255)
+        maps = net.features(((x - 127) / 128).contiguous(memory_format=torch.channels_last))
+        found.append([F.adaptive_avg_pool2d(m, [n // k for n in rgb.shape[2:]]).half()
+                      for k, m in zip((32, 16, 8), maps[:0:-1])])
+    return [torch.cat(maps) for maps in zip(*found)]
