@@ -154,7 +154,7 @@ def kept_latents(encode, folder, made_by, labelled_by):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
 
-    def load(frames, i, flip, view=0):
+    def load(frames, i, flip, view):
         labels = labelled_by if frames.frames[i].depth is None else "true depth"
         key = json.dumps([frames.name, frames.size, frames.stamp(i), flip, view, made_by,
                           labels])

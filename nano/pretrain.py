@@ -70,19 +70,16 @@ def pictures_and_maps(a, count, views=1):
     sets = [FrameSet("nano", a.data / "clean/train")]
     sets.append(FrameSet("nano", a.labelled, size=sets[0].size))
     if a.photos:
-        sets.append(FrameSet("photos", a.photos, size=sets[0].size))
+        sets.append(FrameSet("photos", a.photos, size=sets[0].size, views=views))
     for frames in sets:
-        def read(i, frames=frames, view=0):
+        def read(i, view, frames=frames):
             sample = frames.sample(i, False, view)
             rgb = ((sample.rgb + 1) * 127.5).round().to(torch.uint8)
             return (rgb,) if sample.label is None else (rgb, sample.label[:1].half())
 
-        columns = load_frames(frames, count, read)
-        pictures.append(columns[0])
-        maps += columns[1:]
-        if frames.name == "photos":
-            more = [load_frames(frames, count, partial(read, view=k))[0] for k in range(1, views)]
-            pictures[-1] = torch.cat([pictures[-1], *more])
+        seen = [load_frames(frames, count, partial(read, view=k)) for k in range(frames.views)]
+        pictures.append(torch.cat([columns[0] for columns in seen]))
+        maps += seen[0][1:]
     return pictures, maps
 
 
@@ -303,10 +300,11 @@ def train_generator(a):
     """v-prediction (Eq. 3 with b_0 = x_0) on the latents of clean pictures, wild ones and
     photographs, computed once, and alignment with ImageNet's features. Small t are drawn more
     often, where there is something to be recognised."""
+    # first, before minutes of reading: its package may be missing
+    encoder = new_teacher().net.eval().to(a.device, memory_format=torch.channels_last)
     torch.manual_seed(0)
     pictures, _ = pictures_and_maps(a, a.generator_frames, views=4)
     model = new_generator(a, max(pictures[0].shape[2:])).to(a.device)
-    encoder = new_teacher().net.eval().to(a.device, memory_format=torch.channels_last)
     latents = [torch.cat([model.encode(to_float(chunk.to(a.device))).half()
                           for chunk in tqdm(rgb.split(16), desc="encoding")]) for rgb in pictures]
     features = list(zip(*(imagenet_features(encoder, rgb) for rgb in pictures)))  # of each level
@@ -317,7 +315,8 @@ def train_generator(a):
 
     def loss_of(g, batch):
         x0, *targets = draw(latents, batch, g, a.device, *features)
-        t = (1 + 999 * torch.rand(len(x0), generator=g).square()).long().to(a.device)
+        last = len(model.alphas_cumprod) - 1
+        t = (1 + last * torch.rand(len(x0), generator=g).square()).long().to(a.device)
         eps = torch.randn(x0.shape, generator=g).to(a.device)
         a_bar = model.alpha_bar(t)
         v = model.eps_hat(add_noise(x0, eps, a_bar), t)
