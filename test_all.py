@@ -2290,7 +2290,7 @@ class TestTrain:
         monkeypatch.setattr(train, "train", lambda a: a)
         a = train.main()
         assert "python train.py @nano/train.args, the small world" in capsys.readouterr().out
-        assert (a.steps, a.batch, a.optimizer, a.filter_noise) == (2500, 32, "muon", 0.5)
+        assert (a.steps, a.batch, a.optimizer, a.filter_noise) == (6000, 64, "muon", 0.5)
         assert Path(a.base, "unet").resolve() == HERE / "nano/weights/generator/unet"
         assert a.out == str(HERE / "runs/fiffdepth")
 
