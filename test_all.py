@@ -1,6 +1,6 @@
 """The specification of this repository: a class per concern, in reading order.
 
-    python -m pytest -q test_all.py                     # everything, two to three minutes
+    python -m pytest -q test_all.py                     # everything, three to five minutes
     python -m pytest -q test_all.py::TestData           # one class; -k some_words: single tests
 
 TestLosses, TestModel, TestTeacher, TestData, TestTrain, TestInfer, TestEvaluate; TestSets,
